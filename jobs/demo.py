@@ -1,0 +1,70 @@
+"""The whole pipeline on photographs that come with scikit-image: make a data set, train, score, evaluate, draw."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from pipeline import evaluation
+from pipeline.command import OK, PARTIAL_FAILURE, console, run
+from pipeline.config import load_config
+from pipeline.progress import ScoringProgress, metrics_table, show_totals, show_training
+from pipeline.ray_session import ray_session
+from pipeline.sheet import contact_sheet
+from pipeline.storage import Location, require_writable
+from pipeline.textures import write_dataset
+from pipeline.training import CategoryJob, train_categories
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of demo."""
+
+    output: str = "./defectmap-demo"
+    """Folder for the data set, models, results, metrics.json and contact-sheet.png."""
+    textures: tuple[str, ...] = ("brick", "grass")
+    """Photographs to use: brick, grass, gravel; each becomes a category."""
+    set: tuple[str, ...] = ()
+    """Settings that differ from the preset demo, such as training.iterations=50."""
+
+
+def demo(options: Options) -> int:
+    """Run the demonstration; returns the exit status."""
+    clock = time.monotonic()
+    output = Location.parse(options.output)
+    require_writable(output)
+    dataset, models, results = output / "dataset", output / "models", output / "results"
+    config = load_config("demo", options.set)
+    write_dataset(dataset, textures=options.textures, image_size=config.scoring.map_size)
+    console.print(f"data set of {', '.join(options.textures)} with implanted defects in {dataset}", markup=False)
+    with ray_session() as resources:
+        concurrent = min(len(options.textures), resources.gpus or resources.cpus)
+        jobs = [
+            CategoryJob(
+                category=texture,
+                dataset=dataset,
+                layout="mvtec",
+                models=models,
+                config=config,
+                workers=1,
+                cpus_per_worker=max(1, resources.cpus // concurrent),
+                gpus_per_worker=1.0 if resources.gpus else 0.0,
+            )
+            for texture in options.textures
+        ]
+        outcome = show_training(train_categories(jobs, max_concurrent=concurrent))
+        if any(row.state == "failed" for row in outcome):
+            return PARTIAL_FAILURE
+        plan = evaluation.plan(dataset, "mvtec", options.textures, models, results)
+        found = evaluation.run(plan, resources.scoring_workers(), ScoringProgress(), fpr_limit=0.3)
+    show_totals(found.totals)
+    (output / "metrics.json").write_json(found.metrics)
+    console.print(metrics_table(found.metrics))
+    sheet = output / "contact-sheet.png"
+    sheet.write_bytes(contact_sheet(plan, images_per_category=4))
+    console.print(f"{time.monotonic() - clock:.0f} s; look at {sheet}, query {results}", markup=False)
+    return OK if found.totals.balanced and not found.totals.errors else PARTIAL_FAILURE
+
+
+if __name__ == "__main__":
+    run(demo, Options, __doc__ or "")

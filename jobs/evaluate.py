@@ -1,0 +1,70 @@
+"""Score the labelled test split and measure how well the maps find the defects: pixel AUROC, AP, PRO and image AUROC."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.command import OK, PARTIAL_FAILURE, console, run
+from pipeline.datasets import Layout, detect_layout
+from pipeline.errors import UserError
+from pipeline import evaluation
+from pipeline.model_store import model_categories
+from pipeline.progress import ScoringProgress, metrics_table, show_totals
+from pipeline.ray_session import ray_session
+from pipeline.storage import Location, require_writable
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of evaluate."""
+
+    dataset: str
+    """Folder or s3:// URI around the categories, with test images and masks."""
+    models: str
+    """Where train_all stored the models."""
+    results: str
+    """Where the tables are written; labelled runs go to night=evaluation."""
+    layout: Layout | None = None
+    """How the data set is laid out; found out by looking when omitted."""
+    categories: tuple[str, ...] = ()
+    """Categories to evaluate; every one that has a model when omitted."""
+    json: str | None = None
+    """Also write the metrics to this JSON file."""
+    fpr_limit: float = 0.3
+    """False-positive rate up to which PRO is integrated; part of the column's name."""
+    actors: int = 0
+    """Scoring actors; 0 takes one per GPU, or without GPUs one."""
+    dry_run: bool = False
+    """Print the plan and stop."""
+
+
+def main(options: Options) -> int:
+    """Evaluate; returns the exit status."""
+    dataset, models = Location.parse(options.dataset), Location.parse(options.models)
+    results = Location.parse(options.results)
+    layout = options.layout or detect_layout(dataset)
+    chosen = options.categories or tuple(model_categories(models))
+    if not 0.01 <= options.fpr_limit <= 1:
+        raise UserError(f"--fpr-limit {options.fpr_limit}: choose 0.01 to 1")
+    plan = evaluation.plan(dataset, layout, chosen, models, results)
+    for category, masks in plan.masks.items():
+        defective = sum(mask is not None for mask in masks.values())
+        version = plan.batch.models[category].version
+        console.print(f"  {category}: {len(masks)} labelled images ({defective} defective), model {version}", markup=False)
+    if options.dry_run:
+        return OK
+    require_writable(results)
+    with ray_session() as resources:
+        found = evaluation.run(plan, resources.scoring_workers(options.actors), ScoringProgress(), options.fpr_limit)
+    show_totals(found.totals)
+    console.print(metrics_table(found.metrics))
+    for category, reasons in found.reasons.items():
+        for metric, reason in reasons.items():
+            console.print(f"{category}: {metric} is undefined: {reason}", markup=False)
+    if options.json:
+        Location.parse(options.json).write_json(found.metrics)
+    return OK if found.totals.balanced and not found.totals.errors and not found.totals.failed else PARTIAL_FAILURE
+
+
+if __name__ == "__main__":
+    run(main, Options, __doc__ or "")

@@ -1,0 +1,1 @@
+"""defectmap: industrial defect localisation by denoising diffusion, as a batch pipeline on Ray."""

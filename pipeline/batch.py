@@ -1,0 +1,321 @@
+"""The streaming scoring job on Ray Data: archives -> shards -> decode -> score -> Parquet.
+
+One row of the stream is one shard. The stages run side by side under Ray Data's back-pressure; a shard is committed by
+the scoring actor that computed it, so a crash anywhere costs at most the shards in flight. A last row for each archive
+says how many members it had: what was read must equal what was scored plus what failed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy
+
+from pipeline.archives import Archive, Failure, image_id, read_shards
+from pipeline.errors import UserError
+from pipeline.images import ImageError, decode, resize
+from pipeline.model_store import ModelInfo, load_scorer, package_versions
+from pipeline.results import FailureRow, MapFormat, Region, ScoreRow, finished_shards, write_run, write_shard
+from pipeline.scoring import Scorer, find_regions
+from pipeline.storage import Location
+
+DECODE_THREADS = 4
+"""Decoders release Python's lock; a few threads also hide the copies around them."""
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """One run: what is scored by which models, and where the rows go. Plain values, so that it travels."""
+
+    archives: tuple[Archive, ...]
+    models: dict[str, ModelInfo]
+    """One per category of the archives."""
+    results: Location
+    night: str
+    map_format: MapFormat
+    shard_images: int
+    started: datetime
+    """The run's time, written as every row's `scored_at`."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Scoring actors and what each of them holds."""
+
+    actors: int
+    cpus_per_actor: int
+    gpus_per_actor: float
+
+
+@dataclass(frozen=True)
+class ShardOutcome:
+    """What became of one shard (or, with shard None, how many members its archive had and how many shards)."""
+
+    archive: int
+    shard: str | None
+    members: int
+    scored: int = 0
+    failed: int = 0
+    anomalous: int = 0
+    skipped: int = 0
+    """Shards that an earlier run had finished; only on an archive's last row."""
+    error: str = ""
+    """Why the shard could not be scored at all; it is not committed and the next run tries again."""
+
+
+def read_archive(row: dict[str, Any], plan: BatchPlan) -> Iterator[dict[str, Any]]:
+    """Stage 1, one archive -> its unfinished shards as rows of encoded images, then one row of totals."""
+    archive = plan.archives[row["archive"]]
+    suffix = _suffix(plan, archive)
+    skip = {name.removesuffix(suffix) for name in committed_shards(plan, archive)}
+    members, error = 0, ""
+    try:
+        for shard in read_shards(archive, shard_images=plan.shard_images, skip=skip):
+            members += len(shard.members)
+            yield {
+                "archive": row["archive"],
+                "shard": shard.name + suffix,
+                "names": [member.name for member in shard.members],
+                "data": [member.data or b"" for member in shard.members],
+                "failures": json.dumps([member.failure and asdict(member.failure) for member in shard.members]),
+                "error": "",
+            }
+    except OSError as failure:
+        # The storage gave up in the middle: what came before stands, the rest is for the next run.
+        error = f"{archive.location}: {' '.join(str(failure).split())}"
+    yield {
+        "archive": row["archive"],
+        "shard": "",
+        "names": [],
+        "data": [],
+        "failures": json.dumps([members, len(skip)]),
+        "error": error,
+    }
+
+
+def _suffix(plan: BatchPlan, archive: Archive) -> str:
+    """Part of a shard's file name that changes with the model, so that a new model is scored anew beside the old."""
+    return f"-{plan.models[archive.category].version}"
+
+
+def committed_shards(plan: BatchPlan, archive: Archive) -> list[str]:
+    """Names of the archive's shards that the plan's model has scored, in this run or an earlier one; sorted."""
+    done = finished_shards(plan.results, category=archive.category, night=plan.night)
+    suffix = _suffix(plan, archive)
+    return sorted(name for name in done if name.startswith(f"{archive.name}-") and name.endswith(suffix))
+
+
+def decode_shard(row: dict[str, Any], plan: BatchPlan) -> dict[str, Any]:
+    """Stage 2, encoded images -> one block of uint8 photographs at the model's map size; what fails joins the failures."""
+    decoded = {"archive": row["archive"], "shard": row["shard"], "error": row["error"]}
+    if not row["shard"]:
+        return decoded | {"names": [], "sizes": b"", "images": b"", "failures": row["failures"]}
+    size = plan.models[plan.archives[row["archive"]].category].config.scoring.map_size
+
+    def one(data: bytes, failure: dict[str, str] | None) -> tuple[np.ndarray, tuple[int, int]] | Failure:
+        if failure is not None:
+            return Failure(**failure)
+        try:
+            image = decode(data)
+            return resize(image, size), (image.shape[1], image.shape[0])
+        except ImageError as error:
+            return Failure("decode", error.error, error.detail)
+
+    with ThreadPoolExecutor(DECODE_THREADS) as pool:
+        found = list(pool.map(one, row["data"], json.loads(row["failures"])))
+    good = [(name, item) for name, item in zip(row["names"], found, strict=True) if not isinstance(item, Failure)]
+    bad = [(name, item) for name, item in zip(row["names"], found, strict=True) if isinstance(item, Failure)]
+    return decoded | {
+        "names": [name for name, _ in good],
+        "sizes": np.array([size for _, (_, size) in good], np.int32).tobytes(),
+        "images": b"".join(image.tobytes() for _, (image, _) in good),
+        "failures": json.dumps([(name, asdict(failure)) for name, failure in bad]),
+    }
+
+
+class ScoringActor:
+    """Stage 3, photographs -> maps, scores and regions, committed as the shard's files. Loads each model once."""
+
+    def __init__(self, plan: BatchPlan, workers: Workers) -> None:
+        torch.set_num_threads(workers.cpus_per_actor)
+        self.plan = plan
+        self.device = "cuda" if workers.gpus_per_actor > 0 else "cpu"
+        self.scorers: dict[str, Scorer] = {}
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """One shard's outcome as a row."""
+        if not row["shard"]:
+            members, skipped = json.loads(row["failures"])
+            return asdict(ShardOutcome(row["archive"], None, members, skipped=skipped, error=row["error"]))
+        failures = [(name, Failure(**failure)) for name, failure in json.loads(row["failures"])]
+        members = len(row["names"]) + len(failures)
+        try:
+            anomalous = self._score(row, failures)
+        except (UserError, OSError) as error:
+            reason = " ".join(str(error).split())
+            return asdict(ShardOutcome(row["archive"], row["shard"], members, error=reason))
+        return asdict(
+            ShardOutcome(row["archive"], row["shard"], members, len(row["names"]), len(failures), anomalous)
+        )
+
+    def _scorer(self, category: str) -> Scorer:
+        if category not in self.scorers:
+            self.scorers[category] = load_scorer(self.plan.models[category], device=self.device)
+        return self.scorers[category]
+
+    def _score(self, row: dict[str, Any], failures: list[tuple[str, Failure]]) -> int:
+        """Score and commit one shard; returns how many of its images are anomalous."""
+        plan, archive = self.plan, self.plan.archives[row["archive"]]
+        names, scores, maps = row["names"], [], None
+        if len(names):
+            scorer = self._scorer(archive.category)
+            calibration = scorer.calibration
+            assert calibration is not None
+            side = scorer.config.scoring.map_size
+            sizes = np.frombuffer(row["sizes"], np.int32).reshape(-1, 2)
+            result = scorer.score(np.frombuffer(row["images"], np.uint8).reshape(-1, side, side, 3))
+            maps = result.maps
+            for i, name in enumerate(names):
+                width, height = (int(length) for length in sizes[i])
+                regions = [
+                    _on_photograph(region, width / side, height / side)
+                    for region in find_regions(maps[i], calibration.pixel_threshold)
+                ]
+                scores.append(
+                    ScoreRow(
+                        image_id=image_id(archive.location.uri, name),
+                        archive=archive.location.uri,
+                        member=name,
+                        width=width,
+                        height=height,
+                        score=float(result.scores[i]),
+                        kl_score=float(result.kl_scores[i]),
+                        feature_score=float(result.feature_scores[i]),
+                        threshold=calibration.threshold,
+                        is_anomalous=bool(result.scores[i] > calibration.threshold),
+                        regions=tuple(regions),
+                        model_version=plan.models[archive.category].version,
+                        scored_at=plan.started,
+                    )
+                )
+        write_shard(
+            plan.results,
+            category=archive.category,
+            night=plan.night,
+            shard=row["shard"],
+            scores=scores,
+            maps_nhw=maps,
+            failures=[
+                FailureRow(
+                    image_id(archive.location.uri, name),
+                    archive.location.uri,
+                    name,
+                    failure.stage,
+                    failure.error,
+                    failure.detail,
+                )
+                for name, failure in failures
+            ],
+            map_format=plan.map_format,
+        )
+        return sum(score.is_anomalous for score in scores)
+
+
+def _on_photograph(region: Any, x_scale: float, y_scale: float) -> Region:
+    """A region of the map in pixels of the photograph."""
+    return Region(
+        x=round(region.x * x_scale),
+        y=round(region.y * y_scale),
+        width=max(1, round(region.width * x_scale)),
+        height=max(1, round(region.height * y_scale)),
+        area=max(1, round(region.area * x_scale * y_scale)),
+        peak=region.peak,
+    )
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A run's balance."""
+
+    images: int
+    scored: int
+    failed: int
+    anomalous: int
+    shards: int
+    skipped_shards: int
+    errors: tuple[str, ...]
+
+    @property
+    def balanced(self) -> bool:
+        """Whether every image read was scored or has a failures row."""
+        return self.images == self.scored + self.failed
+
+
+def total(outcomes: list[ShardOutcome]) -> Totals:
+    """Add up outcomes. `images` counts what the readers saw, the others what was committed."""
+    archives = [outcome for outcome in outcomes if outcome.shard is None]
+    shards = [outcome for outcome in outcomes if outcome.shard is not None]
+    return Totals(
+        images=sum(outcome.members for outcome in archives),
+        scored=sum(outcome.scored for outcome in shards),
+        failed=sum(outcome.failed for outcome in shards),
+        anomalous=sum(outcome.anomalous for outcome in shards),
+        shards=sum(not outcome.error for outcome in shards),
+        skipped_shards=sum(outcome.skipped for outcome in archives),
+        errors=tuple(sorted({outcome.error for outcome in outcomes if outcome.error})),
+    )
+
+
+def run_record(plan: BatchPlan, totals: Totals, seconds: float) -> dict[str, Any]:
+    """What runs/<run>.json holds."""
+    return {
+        "night": plan.night,
+        "archives": [asdict(archive) | {"location": archive.location.uri} for archive in plan.archives],
+        "models": {category: info.version for category, info in sorted(plan.models.items())},
+        "configs": {c: info.config.model_dump(mode="json") for c, info in sorted(plan.models.items())},
+        "counts": asdict(totals),
+        "maps": plan.map_format,
+        "packages": package_versions(),
+        "started": plan.started.astimezone(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+    }
+
+
+def score_archives(plan: BatchPlan, workers: Workers, progress: Callable[[ShardOutcome], None]) -> Totals:
+    """Run the stream to its end and write the run's record, calling `progress` for every shard as it commits."""
+    clock = time.monotonic()
+    context = ray.data.DataContext.get_current()
+    # Every shard leaves its task as soon as it is complete instead of waiting for a larger block.
+    context.target_max_block_size = 1
+    shards = (
+        ray.data.from_items(
+            [{"archive": i} for i in range(len(plan.archives))], override_num_blocks=len(plan.archives)
+        )
+        .flat_map(read_archive, fn_kwargs={"plan": plan}, num_cpus=0.25)
+        .map(decode_shard, fn_kwargs={"plan": plan}, num_cpus=0.5)
+        .map(
+            ScoringActor,
+            fn_constructor_kwargs={"plan": plan, "workers": workers},
+            compute=ActorPoolStrategy(size=workers.actors),
+            num_cpus=workers.cpus_per_actor,
+            num_gpus=workers.gpus_per_actor or None,
+        )
+    )
+    outcomes = []
+    for row in shards.iter_rows():
+        outcome = ShardOutcome(**row)
+        outcomes.append(outcome)
+        progress(outcome)
+    totals = total(outcomes)
+    record = run_record(plan, totals, time.monotonic() - clock)
+    write_run(plan.results, f"{plan.night}-{plan.started:%Y%m%dT%H%M%SZ}", record)
+    return totals

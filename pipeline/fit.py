@@ -1,0 +1,211 @@
+"""Fitting one category on one process or on one rank of several: plain torch, no Ray.
+
+Every random choice of step k (which images, angles, timesteps, noise) derives from (seed, k) alone. A resumed run
+therefore needs no generator state, and several ranks share one global batch that each of them slices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.diffusion.loss import Losses, training_loss
+from pipeline.diffusion.process import DiffusionProcess
+from pipeline.errors import UserError
+from pipeline.features import FeatureExtractor
+from pipeline.images import to_unit_range
+from pipeline.scoring import Denoiser, Scorer
+
+FEWEST_IMAGES = 8
+"""Normal images below which a category cannot be both trained and calibrated."""
+
+
+def split_holdout(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of `count` normal images -> (training, held out for calibration), both sorted; at least 4 held out."""
+    held_out = max(4, round(count * fraction))
+    order = np.random.default_rng(seed).permutation(count)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def batch_indices(count: int, step: int, batch_size: int, seed: int) -> np.ndarray:
+    """The images of one step: consecutive places in an endless sequence of shuffled epochs. int64 (batch_size,)."""
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in set(places // count)}
+    return np.array([orders[place // count][place % count] for place in places])
+
+
+def rotate(x: Tensor, degrees: Tensor) -> Tensor:
+    """Images (N, C, H, H) turned about their centre by degrees (N,), bilinear, edges reflected."""
+    radians = torch.deg2rad(degrees)
+    cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
+    affine = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
+    grid = F.affine_grid(affine, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which slice of each global batch this process computes."""
+
+    index: int = 0
+    count: int = 1
+
+
+class Fit:
+    """A category's training in progress: network, averaged weights, optimiser and the number of finished steps."""
+
+    def __init__(
+        self,
+        config: Config,
+        images_nhwc: np.ndarray,
+        extractor: FeatureExtractor,
+        *,
+        device: torch.device | str = "cpu",
+        rank: Rank | None = None,
+    ) -> None:
+        """images_nhwc: the training photographs, uint8 (N, map_size, map_size, 3)."""
+        training = config.training
+        self.config = config
+        self.device = torch.device(device)
+        self.rank = rank or Rank()
+        if training.batch_size % self.rank.count:
+            raise UserError(
+                f"training.batch_size {training.batch_size} does not divide among {self.rank.count} workers: change one of them"
+            )
+        self.images = torch.from_numpy(images_nhwc)
+        self.extractor = extractor.to(self.device, memory_format=torch.channels_last)
+        self.process = DiffusionProcess.from_schedule(config.schedule)
+        torch.manual_seed(training.seed)
+        self.denoiser = Denoiser(config, extractor.channels).to(self.device, memory_format=torch.channels_last)
+        if config.features.standardise:
+            self._measure_features()
+        self.average = [p.detach().clone() for p in self.denoiser.unet.parameters()]
+        self.optimizer = torch.optim.AdamW(
+            self.denoiser.unet.parameters(),
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            fused=True,
+        )
+        self.step = 0
+        self.module: torch.nn.Module = self.denoiser.unet
+        """What the forward pass goes through; a data-parallel wrapper may take its place."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all iterations are done."""
+        return self.step >= self.config.training.iterations
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.config.training.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    @torch.no_grad()
+    def _measure_features(self) -> None:
+        """Mean and deviation of every feature channel over the training photographs."""
+        sums = torch.zeros(2, self.extractor.channels, dtype=torch.float64, device=self.device)
+        for start in range(0, len(self.images), 8):
+            x = self._photographs(slice(start, start + 8))
+            with self._autocast():
+                features = self.extractor(x).double()
+            sums += torch.stack([features.sum((0, 2, 3)), features.square().sum((0, 2, 3))])
+        cells = len(self.images) * self.extractor.grid**2
+        mean = sums[0] / cells
+        std = (sums[1] / cells - mean**2).clamp(min=1e-12).sqrt()
+        self.denoiser.feature_mean.copy_(mean[:, None, None])
+        self.denoiser.feature_std.copy_(std[:, None, None])
+
+    def _photographs(self, which: slice | np.ndarray) -> Tensor:
+        x = torch.from_numpy(to_unit_range(self.images[which].numpy()))
+        return x.to(self.device, memory_format=torch.channels_last)
+
+    def advance(self) -> Losses:
+        """One optimiser step; afterwards `step` is one higher. Raises FloatingPointError when the loss is not finite."""
+        training = self.config.training
+        self._anneal()
+        # The draws of the whole batch, of which this rank takes its slice.
+        generator = torch.Generator().manual_seed(hash_seed(training.seed, self.step))
+        size, side = training.batch_size, self.config.network.image_size
+        angles = (torch.rand(size, generator=generator) * 2 - 1) * training.rotation_degrees
+        t = torch.randint(training.max_timestep, (size,), generator=generator)
+        noise = torch.randn(size, 3, side, side, generator=generator)
+        share = size // self.rank.count
+        mine = slice(self.rank.index * share, (self.rank.index + 1) * share)
+        indices = batch_indices(len(self.images), self.step, size, training.seed)[mine]
+        angles, t, noise = (draw[mine].to(self.device) for draw in (angles, t, noise))
+
+        x = self._photographs(indices)
+        if training.rotation_degrees > 0:
+            x = rotate(x, angles).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad(), self._autocast():
+            target = self.denoiser.target(self.extractor(x))
+        x_start = self.denoiser.shrink(x)
+        x_t = self.process.q_sample(x_start, t, noise).contiguous(memory_format=torch.channels_last)
+        with self._autocast():
+            output = self.module(x_t, self.process.network_timesteps(t))
+        losses = training_loss(
+            self.process,
+            x_start=x_start,
+            x_t=x_t,
+            t=t,
+            noise=noise,
+            prediction=output.prediction,
+            features=output.features,
+            target_features=target,
+            feature_weight=training.feature_weight,
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        self.optimizer.step()
+        torch._foreach_lerp_(
+            self.average, [p.detach() for p in self.denoiser.unet.parameters()], 1 - training.ema_decay
+        )
+        self.step += 1
+        return losses
+
+    def _anneal(self) -> None:
+        """Lu et al. 2023, section 4: the rate falls linearly to 0."""
+        training = self.config.training
+        for group in self.optimizer.param_groups:
+            group["lr"] = training.learning_rate * (1 - self.step / training.iterations)
+
+    def result(self) -> Denoiser:
+        """A copy of the network with the averaged weights, ready to score."""
+        denoiser = Denoiser(self.config, self.extractor.channels)
+        denoiser.load_state_dict(self.denoiser.state_dict())
+        for parameter, average in zip(denoiser.unet.parameters(), self.average, strict=True):
+            parameter.data.copy_(average)
+        return denoiser
+
+    def calibrated(self, held_out_nhwc: np.ndarray) -> Scorer:
+        """A scorer with the averaged weights, calibrated on held-out normal photographs."""
+        scorer = Scorer(self.result(), self.extractor, device=self.device)
+        scorer.calibrate(held_out_nhwc)
+        return scorer
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs; loads with torch.load(weights_only=True)."""
+        return {
+            "step": self.step,
+            "denoiser": self.denoiser.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()` of the same config."""
+        self.step = state["step"]
+        self.denoiser.load_state_dict(state["denoiser"])
+        for average, saved in zip(self.average, state["average"], strict=True):
+            average.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def hash_seed(seed: int, step: int) -> int:
+    """A generator seed for one step, unrelated to those of the neighbouring steps and seeds."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,136 @@
+"""Trained categories on storage: weights and calibration as safetensors, everything else as JSON you can read.
+
+    MODELS/<category>/<version>/weights.safetensors
+    MODELS/<category>/<version>/model.json      config, thresholds, provenance; written after the weights
+    MODELS/<category>/latest.json               {"version": ...}; written last
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from importlib.metadata import version as package_version
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.features import FeatureExtractor
+from pipeline.scoring import Calibration, Denoiser, Scorer
+from pipeline.storage import Location, require_exists
+
+FORMAT = 1
+"""Version of the files' layout; a reader refuses a higher one."""
+
+_CALIBRATION_TENSORS = tuple(f.name for f in fields(Calibration) if f.type == "Tensor")
+_CALIBRATION_NUMBERS = tuple(f.name for f in fields(Calibration) if f.type == "float")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a stored model without reading its weights."""
+
+    location: Location
+    category: str
+    version: str
+    config: Config
+    thresholds: dict[str, float]
+    provenance: dict[str, Any]
+    """Where it comes from: data, counts, losses, package versions, time."""
+
+
+def new_version(config: Config, now: datetime) -> str:
+    """A version sorts by time and names its settings: 20260131T093000Z-<config digest>."""
+    return f"{now.astimezone(UTC):%Y%m%dT%H%M%SZ}-{config.digest()}"
+
+
+def package_versions() -> dict[str, str]:
+    """The versions that decide what a model computes."""
+    return {name: package_version(name) for name in ("defectmap", "torch", "timm", "numpy", "pillow", "ray")}
+
+
+def save_model(
+    models: Location, category: str, version: str, scorer: Scorer, provenance: dict[str, Any]
+) -> Location:
+    """Store a calibrated scorer as MODELS/<category>/<version> and make it the latest. Returns its folder."""
+    assert scorer.calibration is not None
+    folder = models / category / version
+    tensors = {f"denoiser.{name}": tensor for name, tensor in scorer.denoiser.state_dict().items()}
+    tensors |= {f"calibration.{name}": getattr(scorer.calibration, name) for name in _CALIBRATION_TENSORS}
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    (folder / "weights.safetensors").write_bytes(save_tensors(plain))
+    (folder / "model.json").write_json(
+        {
+            "format": FORMAT,
+            "category": category,
+            "version": version,
+            "config": scorer.config.model_dump(mode="json"),
+            "thresholds": {name: getattr(scorer.calibration, name) for name in _CALIBRATION_NUMBERS},
+            "provenance": provenance,
+        }
+    )
+    (models / category / "latest.json").write_json({"version": version})
+    return folder
+
+
+def model_categories(models: Location) -> list[str]:
+    """Categories that have a latest model, sorted. Raises UserError when there is none."""
+    require_exists(models, "models folder")
+    found = [folder.name for folder in models.folders() if (folder / "latest.json").is_file()]
+    if not found:
+        raise UserError(f"{models} holds no trained category: run jobs/train_all.py --models {models} first")
+    return found
+
+
+def model_info(models: Location, category: str, version: str | None = None) -> ModelInfo:
+    """The named version of a category's model, by default the latest. Raises UserError when it is not there or not readable."""
+    try:
+        version = version or (models / category / "latest.json").read_json()["version"]
+        folder = models / category / str(version)
+        text = (folder / "model.json").read_json()
+    except FileNotFoundError as error:
+        known = ", ".join(model_categories(models))
+        raise UserError(f"no model of category {category!r} in {models} (there: {known}): train it first") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the model of {category!r} in {models} is damaged ({error}): train it again") from error
+    if text.get("format", 0) > FORMAT:
+        raise UserError(f"{folder} has format {text['format']}, newer than this release reads: upgrade defectmap")
+    if text.get("category") != category:
+        raise UserError(
+            f"{folder} was trained for category {text.get('category')!r}, not {category!r}: "
+            "models cannot be renamed; train that category"
+        )
+    try:
+        config = Config.model_validate(text["config"])
+        return ModelInfo(folder, category, text["version"], config, text["thresholds"], text["provenance"])
+    except (ValidationError, KeyError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{folder}/model.json does not fit this release ({first}): train the category again") from error
+
+
+def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Scorer:
+    """A stored model ready to score. Raises UserError when its weights do not fit its config."""
+    try:
+        tensors = load_tensors((info.location / "weights.safetensors").read_bytes())
+        features = info.config.features
+        extractor = FeatureExtractor(features.extractor, stages=features.stages, grid=features.grid)
+        denoiser = Denoiser(info.config, extractor.channels)
+        denoiser.load_state_dict(_under("denoiser.", tensors))
+        calibration = Calibration(
+            **{name: tensor.to(device) for name, tensor in _under("calibration.", tensors).items()},
+            **info.thresholds,
+        )
+    except (FileNotFoundError, SafetensorError, RuntimeError, TypeError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"the weights of {info.location} cannot be used ({first}): train the category again") from error
+    return Scorer(denoiser, extractor, calibration, device=device)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

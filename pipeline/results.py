@@ -1,0 +1,296 @@
+"""The results on storage: table schemas, folder layout, writing and reading shards of Parquet files.
+
+    RESULTS/{scores,maps,failures}/category=C/night=D/<shard>.parquet        RESULTS/runs/<run>.json
+
+A shard's scores file is written last: it commits the shard, and readers here look at committed shards only.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
+from typing import Any
+from urllib.parse import quote, unquote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.errors import UserError
+from pipeline.map_tables import MapFormat, maps_of, maps_table
+from pipeline.storage import Location
+
+MAPS_PER_ROW_GROUP = 128
+READ_THREADS = 16  # reading many small files waits for the storage, not for the CPU
+
+
+@dataclass(frozen=True)
+class Region:
+    """One connected anomalous region: bounding box and area in pixels of the photograph, highest score."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    area: int
+    peak: float
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One scored photograph; width and height in pixels as archived, scored_at with its time zone."""
+
+    image_id: str
+    archive: str
+    member: str
+    width: int
+    height: int
+    score: float
+    kl_score: float
+    feature_score: float
+    threshold: float
+    is_anomalous: bool
+    regions: tuple[Region, ...]
+    model_version: str
+    scored_at: datetime
+
+
+@dataclass(frozen=True)
+class FailureRow:
+    """One photograph that could not be scored: the stage that refused it, the error's name and its detail."""
+
+    image_id: str
+    archive: str
+    member: str
+    stage: str
+    error: str
+    detail: str
+
+
+REGION_TYPE = pa.struct(
+    [(name, pa.int32()) for name in ("x", "y", "width", "height")]
+    + [("area", pa.int64()), ("peak", pa.float64())]
+)
+
+SCORES_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("archive", pa.string()),
+        ("member", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("score", pa.float64()),
+        ("kl_score", pa.float64()),
+        ("feature_score", pa.float64()),
+        ("threshold", pa.float64()),
+        ("is_anomalous", pa.bool_()),
+        ("regions", pa.list_(REGION_TYPE)),
+        ("model_version", pa.string()),
+        ("scored_at", pa.timestamp("ms", tz="UTC")),
+    ]
+)
+
+FAILURES_SCHEMA = pa.schema([(field.name, pa.string()) for field in fields(FailureRow)])
+
+
+def table_file(results: Location, table: str, category: str, night: str, shard: str) -> Location:
+    """The file of one shard in one table: "scores", "maps" or "failures". Any text may name the parts."""
+    return _folder(results, table, category, night) / f"{_file_name(shard)}.parquet"
+
+
+def write_shard(
+    results: Location,
+    *,
+    category: str,
+    night: str,
+    shard: str,
+    scores: Sequence[ScoreRow],
+    maps_nhw: NDArray[np.floating] | None,
+    failures: Sequence[FailureRow],
+    map_format: MapFormat,
+) -> None:
+    """Write all tables of a shard, replacing what an earlier try left; identical input gives identical bytes.
+
+    maps_nhw: (N, H, W) in the order of `scores`, finite and within float16's range (+-65504), or None.
+    Maps and failures are written only where there are any. Until the last step, the scores file, the shard
+    does not count as finished. Raises ValueError for maps that do not fit and times without a zone.
+    """
+    # Encoded before anything is touched, so that input that does not fit leaves the storage as it was.
+    if any(row.scored_at.tzinfo is None for row in scores):
+        raise ValueError("scored_at has no time zone")
+    scores_data = _parquet(_rows_table(scores, SCORES_SCHEMA))
+    failures_data = _parquet(_rows_table(failures, FAILURES_SCHEMA)) if failures else None
+    maps_data = None
+    if maps_nhw is not None and len(maps_nhw) != len(scores):
+        raise ValueError(f"{len(maps_nhw)} maps for {len(scores)} scores")
+    if maps_nhw is not None and map_format != "none" and scores:
+        maps_data = _parquet(maps_table([row.image_id for row in scores], maps_nhw, map_format))
+
+    commit = table_file(results, "scores", category, night, shard)
+    commit.remove()  # writing a finished shard anew: it is not finished while its files belong to two tries
+    for table, data in (("maps", maps_data), ("failures", failures_data)):
+        file = table_file(results, table, category, night, shard)
+        if data is None:
+            file.remove()
+        else:
+            file.write_bytes(data)
+    commit.write_bytes(scores_data)
+
+
+def finished_shards(results: Location, *, category: str, night: str) -> set[str]:
+    """Names of the shards whose scores are written, and with them everything else."""
+    return {_shard_name(file) for file in _parquet_files(_folder(results, "scores", category, night))}
+
+
+def read_scores(results: Location, *, category: str | None = None, night: str | None = None) -> pa.Table:
+    """All scores (of one category, of one night): SCORES_SCHEMA and then `category` and `night`, text both.
+
+    Ordered by category, night, shard. Without results: no rows. Raises UserError for a damaged file.
+    """
+    return _read("scores", SCORES_SCHEMA, results, category, night)
+
+
+def read_failures(results: Location, *, category: str | None = None, night: str | None = None) -> pa.Table:
+    """All failures of finished shards: FAILURES_SCHEMA and then `category` and `night`; see read_scores."""
+    return _read("failures", FAILURES_SCHEMA, results, category, night)
+
+
+def iter_maps(
+    results: Location, *, category: str, night: str, shard: str | None = None
+) -> Iterator[tuple[list[str], NDArray[np.float16]]]:
+    """The maps of the night's finished shards, or of one of them, up to 128 at a time, in order.
+
+    Yields (image ids, (n, H, W) float16); the array may be read-only. uint8 maps come back within
+    (hi - lo) / 510 of what was written, plus float16's rounding. Raises UserError for a damaged file.
+    """
+    finished = finished_shards(results, category=category, night=night)
+    for file in _parquet_files(_folder(results, "maps", category, night)):
+        if _shard_name(file) in finished and shard in (None, _shard_name(file)):
+            yield from _read_maps(file)
+
+
+def write_run(results: Location, run: str, record: dict[str, Any]) -> None:
+    """Write runs/<run>.json, the last file of a run: its inputs, counts, versions and configuration."""
+    (results / "runs" / f"{_file_name(run)}.json").write_json(record)
+
+
+def _folder(results: Location, table: str, category: str, night: str) -> Location:
+    """The partition's folder, its values percent-encoded as Arrow's and DuckDB's Hive readers decode them."""
+    if not category or not night:
+        raise UserError("results need a category and a night: give both a name")
+    return results / table / f"category={_encoded(category)}" / f"night={_encoded(night)}"
+
+
+def _encoded(name: str) -> str:
+    # Python keeps bytes of a local name that are no UTF-8 as surrogates; they become those bytes again.
+    return quote(name, safe="", errors="surrogateescape")
+
+
+def _decoded(name: str) -> str:
+    return unquote(name, errors="surrogateescape")
+
+
+def _partitions(folder: Location, key: str) -> list[tuple[str, Location]]:
+    """(value, sub-folder) of the sub-folders named key=value; others are not ours."""
+    named = [(part.name.partition("="), part) for part in folder.folders()]
+    return [(_decoded(value), part) for (name, _, value), part in named if name == key and value]
+
+
+def _file_name(name: str) -> str:
+    """Percent-encoded; a leading dot or underscore too, since Arrow and Spark skip files named like that."""
+    encoded = _encoded(name)
+    return f"%{ord(encoded[0]):02X}{encoded[1:]}" if encoded[:1] in (".", "_") else encoded
+
+
+def _shard_name(file: Location) -> str:
+    return _decoded(file.name.removesuffix(".parquet"))
+
+
+def _parquet_files(folder: Location) -> list[Location]:
+    return [file for file in folder.files() if file.name.endswith(".parquet")]
+
+
+def _parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", row_group_size=MAPS_PER_ROW_GROUP)
+    return buffer.getvalue()
+
+
+def _rows_table(rows: Sequence[ScoreRow] | Sequence[FailureRow], schema: pa.Schema) -> pa.Table:
+    values = [{name: _storable(value) for name, value in asdict(row).items()} for row in rows]
+    return pa.Table.from_pylist(values, schema=schema)
+
+
+def _storable(value: Any) -> Any:
+    """Text without the surrogates that file names may hold and Parquet's UTF-8 cannot."""
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+
+
+def _shards(
+    results: Location, table: str, category: str | None, night: str | None
+) -> list[tuple[str, str, str]]:
+    """(category, night, shard) of every file of the table, ordered by its path."""
+    return [
+        (of_category, of_night, _shard_name(file))
+        for of_category, nights in _partitions(results / table, "category")
+        if category in (None, of_category)
+        for of_night, folder in _partitions(nights, "night")
+        if night in (None, of_night)
+        for file in _parquet_files(folder)
+    ]
+
+
+def _read(
+    table: str, schema: pa.Schema, results: Location, category: str | None, night: str | None
+) -> pa.Table:
+    """All files of finished shards in one table, with their partition as two more columns."""
+    finished = _shards(results, "scores", category, night)
+    if table != "scores":
+        written = set(_shards(results, table, category, night))
+        finished = [part for part in finished if part in written]
+
+    def read(part: tuple[str, str, str]) -> pa.Table | None:
+        of_category, of_night, _ = part
+        file = table_file(results, table, *part)
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:  # the shard is being written anew
+            return None
+        with _damage_named(file):
+            rows = pq.read_table(pa.BufferReader(data), schema=schema)
+        for name, value in (("category", of_category), ("night", of_night)):
+            rows = rows.append_column(name, pa.repeat(pa.scalar(value), len(rows)))
+        return rows
+
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        tables = [rows for rows in threads.map(read, finished) if rows is not None]
+    whole = pa.schema([*schema, ("category", pa.string()), ("night", pa.string())])
+    return pa.concat_tables([whole.empty_table(), *tables])
+
+
+def _read_maps(file: Location) -> Iterator[tuple[list[str], NDArray[np.float16]]]:
+    data = pa.BufferReader(file.read_bytes())
+    with _damage_named(file):
+        parquet = pq.ParquetFile(data)
+    for number in range(parquet.num_row_groups):
+        with _damage_named(file):
+            rows = parquet.read_row_group(number).combine_chunks()
+        yield rows["image_id"].to_pylist(), maps_of(rows)
+
+
+@contextmanager
+def _damage_named(file: Location) -> Iterator[None]:
+    """Turns Arrow's errors over bytes that are no such table into a UserError that names the file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:  # Arrow raises a bare OSError for broken pages
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{file} is not a readable results file ({reason}): "
+            "remove the file of this name under scores/ and run the night again"
+        ) from error

@@ -1,0 +1,333 @@
+"""From a trained network and photographs to anomaly maps and scores: KL map, feature map, calibration, ensemble, regions.
+
+The noise is a constant of the model (one draw per timestep, from the model's seed): the same photograph gets the same
+map in any batch, on any worker, on any night, and all photographs are compared under the same noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage, stats
+from torch import Tensor, nn
+
+from pipeline.config import Config
+from pipeline.diffusion.loss import kl_map
+from pipeline.diffusion.process import DiffusionProcess
+from pipeline.diffusion.unet import UNet
+from pipeline.features import FeatureExtractor
+from pipeline.images import to_unit_range
+
+
+class Denoiser(nn.Module):
+    """What training produces: the averaged U-Net and the scaling of the features that it predicts."""
+
+    feature_mean: Tensor
+    feature_std: Tensor
+
+    def __init__(self, config: Config, feature_channels: int, num_classes: int | None = None) -> None:
+        super().__init__()
+        net = config.network
+        self.config = config
+        self.unet = UNet(
+            **net.model_dump(),
+            num_classes=num_classes,
+            feature_channels=feature_channels,
+            feature_rate=net.image_size // config.features.grid,
+        )
+        self.register_buffer("feature_mean", torch.zeros(feature_channels, 1, 1))
+        self.register_buffer("feature_std", torch.ones(feature_channels, 1, 1))
+
+    def target(self, features: Tensor) -> Tensor:
+        """Extractor features (N, C, G, G) on the scale that the network predicts."""
+        return (features - self.feature_mean) / self.feature_std
+
+    def shrink(self, x: Tensor) -> Tensor:
+        """Photographs (N, 3, map_size, map_size) -> the network's side, by area average."""
+        factor = x.shape[-1] // self.config.network.image_size
+        return F.avg_pool2d(x, factor) if factor > 1 else x
+
+
+class RawMaps(NamedTuple):
+    """Uncalibrated evidence per image and noise scale: kl (N, T, S, S) in bits; residuals (N, T, C, G, G), unitless."""
+
+    kl: Tensor
+    residuals: Tensor
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of held-out normal images; one entry per noise scale unless said otherwise.
+
+    Tensors are float32. Means and standard deviations refer to map pixels.
+    """
+
+    kl_mean: Tensor
+    """(T,) of the smoothed KL map, bits."""
+    kl_std: Tensor
+    """(T,)."""
+    feature_mean: Tensor
+    """(T,) of the feature map."""
+    feature_std: Tensor
+    """(T,)."""
+    residual_mean: Tensor
+    """(T, C)."""
+    whitening: Tensor
+    """(T, C, C): rows of the inverse Cholesky factor of the residuals' covariance; the identity when not whitening."""
+    normal_scores: Tensor
+    """(n,) sorted image scores of the held-out normal images."""
+    threshold: float
+    """Image score above which an image is anomalous at the configured false-alarm rate."""
+    pixel_threshold: float
+    """Map value above which a pixel belongs to a region, at the same rate per image."""
+
+
+class Maps(NamedTuple):
+    """Calibrated maps (N, map_size, map_size) float32: the ensemble and its two branches."""
+
+    combined: Tensor
+    kl: Tensor
+    feature: Tensor
+
+
+class Region(NamedTuple):
+    """A connected part of a map above the pixel threshold; pixels of the map; `peak` is its largest value."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    area: int
+    peak: float
+
+
+@dataclass(frozen=True)
+class ScoredImages:
+    """Results for n images, in the order given."""
+
+    maps: np.ndarray
+    """float16 (n, map_size, map_size)."""
+    scores: np.ndarray
+    """float64 (n,): the mean of the largest pixels of the map, at float16."""
+    kl_scores: np.ndarray
+    """float64 (n,): the same of the KL branch alone."""
+    feature_scores: np.ndarray
+    """float64 (n,): the same of the feature branch alone."""
+
+
+def fixed_noise(config: Config) -> Tensor:
+    """The model's noise, one image per noise scale: float32 (T, 3, S, S), drawn on the CPU so that every device agrees."""
+    side = config.network.image_size
+    generator = torch.Generator().manual_seed(config.training.seed)
+    return torch.randn(len(config.scoring.timesteps), 3, side, side, generator=generator)
+
+
+def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
+    """(N, H, W) smoothed by a Gaussian of `sigma` pixels, cut at 4 sigma, edges reflected; sigma 0 changes nothing."""
+    if sigma == 0:
+        return maps
+    radius = min(int(4 * sigma + 0.5), maps.shape[-1] - 1, maps.shape[-2] - 1)
+    offsets = torch.arange(-radius, radius + 1, device=maps.device, dtype=maps.dtype)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    x = F.pad(maps[:, None], (radius,) * 4, mode="reflect")
+    return F.conv2d(F.conv2d(x, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))[:, 0]
+
+
+def top_mean(maps: Tensor, count: int) -> Tensor:
+    """Lu et al. 2023, released code: the image score, the mean of the `count` largest map values. (N, H, W) -> (N,)."""
+    return maps.flatten(1).topk(min(count, maps[0].numel())).values.double().mean(1)
+
+
+def find_regions(map_hw: np.ndarray, threshold: float) -> list[Region]:
+    """Connected parts (8-connectivity) of one map above `threshold`, largest peak first."""
+    labels, count = ndimage.label(map_hw > threshold, structure=np.ones((3, 3)))
+    if count == 0:
+        return []
+    index = np.arange(1, count + 1)
+    areas = ndimage.sum_labels(np.ones_like(map_hw, dtype=np.float64), labels, index)
+    peaks = ndimage.maximum(map_hw, labels, index)
+    found = [
+        Region(xs.start, ys.start, xs.stop - xs.start, ys.stop - ys.start, int(area), float(peak))
+        for (ys, xs), area, peak in zip(ndimage.find_objects(labels), areas, peaks, strict=True)
+    ]
+    return sorted(found, key=lambda region: -region.peak)
+
+
+def prediction_bound(values: np.ndarray, rate: float) -> float:
+    """Upper bound that a further value exceeds with probability `rate`: Student's one-sided prediction interval.
+
+    values float (n,), n >= 2. Wider than the plain quantile of a normal law because mean and deviation come from only n values.
+    """
+    n = len(values)
+    quantile = stats.t.ppf(1 - rate, n - 1)
+    return float(values.mean() + quantile * values.std(ddof=1) * np.sqrt(1 + 1 / n))
+
+
+class Scorer:
+    """A trained network made ready to score on one device. Build once, call often."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        extractor: FeatureExtractor,
+        calibration: Calibration | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        label: int | None = None,
+    ) -> None:
+        self.config = denoiser.config
+        self.device = torch.device(device)
+        self.denoiser = denoiser.to(self.device, memory_format=torch.channels_last).eval()
+        self.extractor = extractor.to(self.device, memory_format=torch.channels_last)
+        self.calibration = calibration
+        self.label = label
+        scoring = self.config.scoring
+        full = DiffusionProcess.from_schedule(self.config.schedule)
+        self.process = full.respaced(scoring.respaced_steps)
+        self.noise = fixed_noise(self.config).to(self.device)
+
+    @torch.inference_mode()
+    def raw_maps(self, images_nhwc: np.ndarray) -> RawMaps:
+        """uint8 (N, map_size, map_size, 3), N <= scoring.batch_size -> evidence of every noise scale, on the device."""
+        batch = self.config.scoring.batch_size
+        n, steps = len(images_nhwc), len(self.config.scoring.timesteps)
+        # A fixed batch shape makes every image's arithmetic the same whatever its company.
+        padded = np.concatenate([images_nhwc, np.repeat(images_nhwc[-1:], batch - n, axis=0)])
+        x = torch.from_numpy(to_unit_range(padded)).to(self.device, memory_format=torch.channels_last)
+        x_start = self.denoiser.shrink(x)
+        t = torch.tensor(self.config.scoring.timesteps, device=self.device).repeat(batch)
+        x_start = x_start.repeat_interleave(steps, 0)
+        x_t = self.process.q_sample(x_start, t, self.noise.repeat(batch, 1, 1, 1))
+        labels = None if self.label is None else torch.full_like(t, self.label)
+        low_precision = self.config.training.precision == "bfloat16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low_precision):
+            output = self.denoiser.unet(
+                x_t.contiguous(memory_format=torch.channels_last), self.process.network_timesteps(t), labels
+            )
+            target = self.denoiser.target(self.extractor(x))
+        eps, v = output.prediction.float().chunk(2, dim=1)
+        kl = kl_map(self.process, x_start, x_t, t, eps, v)
+        assert output.features is not None
+        residuals = target.repeat_interleave(steps, 0) - output.features
+        return RawMaps(kl.unflatten(0, (batch, steps))[:n], residuals.unflatten(0, (batch, steps))[:n])
+
+    def feature_maps(self, residuals: Tensor, calibration: Calibration) -> Tensor:
+        """Lu et al. 2023, eq. 10: mean over channels of the squared (whitened) residual, (N, T, C, G, G) -> (N, T, S, S)."""
+        if self.config.scoring.whiten:
+            centred = residuals - calibration.residual_mean[..., None, None]
+            residuals = torch.einsum("tdc,ntcxy->ntdxy", calibration.whitening, centred)
+        return self._upsample((residuals**2).mean(2))
+
+    def smoothed_kl(self, kl: Tensor) -> Tensor:
+        """KL maps (N, T, S', S') at the network's side -> smoothed maps (N, T, S, S) at map size."""
+        maps = self._upsample(kl)
+        return gaussian_blur(maps.flatten(0, 1), self.config.scoring.kl_sigma).view_as(maps)
+
+    def _upsample(self, maps: Tensor) -> Tensor:
+        side = self.config.scoring.map_size
+        return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
+
+    @torch.inference_mode()
+    def maps(self, raw: RawMaps, calibration: Calibration) -> Maps:
+        """Lu et al. 2023, eq. 11: A = mean over t of alpha s_KL + (1 - alpha) s_feature, both calibrated."""
+        scoring = self.config.scoring
+        kl, feature = self.smoothed_kl(raw.kl), self.feature_maps(raw.residuals, calibration)
+        if scoring.normalisation == "image":
+            # The released code: KL scaled by its own image, features left raw.
+            kl = (kl - kl.mean((2, 3), keepdim=True)) / kl.std((2, 3), keepdim=True)
+        else:
+            kl = (kl - calibration.kl_mean[:, None, None]) / calibration.kl_std[:, None, None]
+            feature = (feature - calibration.feature_mean[:, None, None]) / calibration.feature_std[:, None, None]
+        kl, feature = (gaussian_blur(part.mean(1), scoring.map_sigma) for part in (kl, feature))
+        return Maps(scoring.alpha * kl + (1 - scoring.alpha) * feature, kl, feature)
+
+    def score(self, images_nhwc: np.ndarray) -> ScoredImages:
+        """Maps and scores of any number of photographs, uint8 (n, map_size, map_size, 3), n >= 1."""
+        assert self.calibration is not None, "a scorer without calibration only gives raw maps"
+        batch, count = self.config.scoring.batch_size, self.config.scoring.top_pixels
+        maps, scores = [], []
+        for start in range(0, len(images_nhwc), batch):
+            found = self.maps(self.raw_maps(images_nhwc[start : start + batch]), self.calibration)
+            # Everything downstream sees float16: scores are taken from what is stored.
+            stored = found.combined.clamp(-65504, 65504).half()
+            maps.append(stored.cpu().numpy())
+            branches = [top_mean(part.float(), count) for part in (stored, found.kl, found.feature)]
+            scores.append(torch.stack(branches).cpu().numpy())
+        combined, kl, feature = np.concatenate(scores, axis=1)
+        return ScoredImages(np.concatenate(maps), combined, kl, feature)
+
+    def calibrate(self, images_nhwc: np.ndarray) -> Calibration:
+        """Statistics of held-out normal photographs, uint8 (n, map_size, map_size, 3), n >= 2; kept in this scorer.
+
+        Passes over the images several times rather than holding their residuals.
+        """
+        batch = self.config.scoring.batch_size
+        chunks = [images_nhwc[start : start + batch] for start in range(0, len(images_nhwc), batch)]
+        residual_mean, whitening = self._residual_statistics(chunks)
+        steps = len(self.config.scoring.timesteps)
+        zero, one = torch.zeros(steps, device=self.device), torch.ones(steps, device=self.device)
+        empty = torch.zeros(0, device=self.device)
+        plain = Calibration(zero, one, zero, one, residual_mean, whitening, empty, 0.0, 0.0)
+        kl_sums = torch.zeros(2, steps, dtype=torch.float64, device=self.device)
+        feature_sums = torch.zeros_like(kl_sums)
+        for chunk in chunks:
+            raw = self.raw_maps(chunk)
+            for sums, maps in (
+                (kl_sums, self.smoothed_kl(raw.kl)),
+                (feature_sums, self.feature_maps(raw.residuals, plain)),
+            ):
+                sums += torch.stack([maps.double().sum((0, 2, 3)), maps.double().square().sum((0, 2, 3))])
+        pixels = len(images_nhwc) * self.config.scoring.map_size**2
+        (kl_mean, kl_std), (feature_mean, feature_std) = (moments(sums, pixels) for sums in (kl_sums, feature_sums))
+        scaled = Calibration(
+            kl_mean, kl_std, feature_mean, feature_std, residual_mean, whitening, empty, 0.0, 0.0
+        )
+        self.calibration = scaled
+        result = self.score(images_nhwc)
+        rate = self.config.scoring.false_alarm_rate
+        self.calibration = Calibration(
+            kl_mean,
+            kl_std,
+            feature_mean,
+            feature_std,
+            residual_mean,
+            whitening,
+            torch.from_numpy(np.sort(result.scores)).float(),
+            prediction_bound(result.scores, rate),
+            prediction_bound(result.maps.reshape(len(images_nhwc), -1).max(1).astype(np.float64), rate),
+        )
+        return self.calibration
+
+    def _residual_statistics(self, chunks: Iterable[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Mean (T, C) and inverse Cholesky factor (T, C, C) of the residuals over all images and cells."""
+        count, total, outer = 0, None, None
+        for chunk in chunks:
+            cells = self.raw_maps(chunk).residuals.permute(1, 0, 3, 4, 2).flatten(1, 3).double()
+            count += cells.shape[1]
+            products = cells.transpose(1, 2) @ cells
+            total = cells.sum(1) if total is None else total + cells.sum(1)
+            outer = products if outer is None else outer + products
+        assert total is not None and outer is not None
+        mean = total / count
+        covariance = outer / count - mean[:, :, None] * mean[:, None, :]
+        channels = covariance.shape[-1]
+        eye = torch.eye(channels, dtype=torch.float64, device=self.device)
+        if not self.config.scoring.whiten:
+            return mean.float(), eye.expand_as(covariance).float().contiguous()
+        # A little of the mean variance on the diagonal keeps nearly constant channels from dominating.
+        ridge = 0.01 * covariance.diagonal(dim1=1, dim2=2).mean(1)
+        factor = torch.linalg.cholesky(covariance + ridge[:, None, None] * eye)
+        inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+        return mean.float(), inverse.float()
+
+
+def moments(sums: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Sums of values and of squares (2, T) float64 over `count` values -> mean and standard deviation, float32 (T,)."""
+    mean = sums[0] / count
+    return mean.float(), (sums[1] / count - mean**2).clamp(min=1e-24).sqrt().float()

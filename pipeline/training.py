@@ -1,0 +1,261 @@
+"""Fitting many categories side by side with Ray Train: one TorchTrainer each, bounded concurrency, resume, progress."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from pipeline.config import Config
+from pipeline.datasets import Layout, Record, training_records
+from pipeline.errors import UserError
+from pipeline.features import FeatureExtractor
+from pipeline.fit import FEWEST_IMAGES, Fit, Rank, split_holdout
+from pipeline.images import ImageError, decode, resize
+from pipeline.model_store import new_version, package_versions, save_model
+from pipeline.storage import Location
+
+State = Literal["queued", "running", "done", "failed"]
+REPORT_EVERY = 5
+"""Steps between progress messages to the driver."""
+
+
+@dataclass(frozen=True)
+class CategoryJob:
+    """All that a training worker needs to know; plain values, so that it travels."""
+
+    category: str
+    dataset: Location
+    layout: Layout
+    models: Location
+    config: Config
+    workers: int
+    cpus_per_worker: int
+    gpus_per_worker: float
+
+    @property
+    def run_name(self) -> str:
+        """Names the checkpoints of one interrupted run: same category, data set and settings, same run."""
+        where = hashlib.sha256(self.dataset.uri.encode()).hexdigest()[:8]
+        return f"{self.category}-{self.config.digest()}-{where}"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where one category stands."""
+
+    category: str
+    iterations: int
+    state: State = "queued"
+    step: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+    """Latest means since the last report: noise, bound, feature."""
+    seconds: float = 0.0
+    """Wall time since its worker started, as of the last report."""
+    version: str | None = None
+    reason: str | None = None
+    """Why it failed, one line."""
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """Collects what the workers report; the driver looks at it when it redraws."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, dict[str, Any]] = {}
+
+    def post(self, category: str, facts: dict[str, Any]) -> None:
+        """Add to what is known of a category."""
+        self.facts.setdefault(category, {}).update(facts)
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """Everything known."""
+        return self.facts
+
+
+def load_photographs(records: list[Record], size: int) -> np.ndarray:
+    """Decode and shrink to uint8 (N, size, size, 3). Raises UserError naming the first image that cannot be read."""
+    images = np.empty((len(records), size, size, 3), np.uint8)
+    with ThreadPoolExecutor(8) as pool:
+        encoded = pool.map(lambda record: record.image.read_bytes(), records)
+        for i, (record, data) in enumerate(zip(records, encoded, strict=True)):
+            try:
+                images[i] = resize(decode(data), size)
+            except ImageError as error:
+                raise UserError(f"{record.image}: {error}: replace or remove it") from error
+    return images
+
+
+def data_fingerprint(images_nhwc: np.ndarray) -> str:
+    """Sixteen hex digits naming the decoded training photographs."""
+    return hashlib.sha256(np.ascontiguousarray(images_nhwc)).hexdigest()[:16]
+
+
+def fit_category(settings: dict[str, Any]) -> None:
+    """Ray Train's train function, one call per worker: load, resume, train, calibrate, store.
+
+    What the user can mend, or a diverged loss, is posted and ends the run without a retry; anything else propagates to
+    Ray Train, which starts the workers again from the last checkpoint.
+    """
+    job: CategoryJob = settings["job"]
+    board = settings["board"]
+    context = ray.train.get_context()
+    leader = context.get_world_rank() == 0
+    torch.set_num_threads(job.cpus_per_worker)
+    try:
+        _fit_category(job, board, context, leader)
+    except (UserError, FloatingPointError, torch.OutOfMemoryError) as error:
+        reason = " ".join(str(error).split())
+        ray.get(board.post.remote(job.category, {"state": "failed", "reason": reason}))
+
+
+def _fit_category(job: CategoryJob, board: Any, context: Any, leader: bool) -> None:
+    started = time.time()
+    board.post.remote(job.category, {"state": "running"})
+    config = job.config
+    records = training_records(job.dataset, job.layout, job.category)
+    if len(records) < FEWEST_IMAGES:
+        raise UserError(
+            f"category {job.category!r} has {len(records)} normal training images: at least {FEWEST_IMAGES} are needed"
+        )
+    images = load_photographs(records, config.scoring.map_size)
+    fingerprint = data_fingerprint(images)
+    training, held_out = split_holdout(len(images), config.training.holdout_fraction, config.training.seed)
+    features = config.features
+    extractor = FeatureExtractor(features.extractor, stages=features.stages, grid=features.grid)
+    rank = Rank(context.get_world_rank(), context.get_world_size())
+    fit = Fit(config, images[training], extractor, device=ray.train.torch.get_device(), rank=rank)
+    _resume(fit, fingerprint)
+    if rank.count > 1:
+        fit.module = torch.nn.parallel.DistributedDataParallel(fit.denoiser.unet, broadcast_buffers=False)
+
+    recent: list[np.ndarray] = []
+    while not fit.finished:
+        losses = fit.advance()
+        recent.append(torch.stack(losses[1:]).cpu().numpy())
+        if not np.isfinite(recent[-1]).all():
+            raise FloatingPointError(
+                f"the loss is not finite at step {fit.step}: lower training.learning_rate (now {config.training.learning_rate:g})"
+            )
+        if leader and (fit.step % REPORT_EVERY == 0 or fit.finished):
+            means = dict(zip(("noise", "bound", "feature"), np.mean(recent, 0).tolist(), strict=True))
+            seconds = time.time() - started
+            board.post.remote(job.category, {"step": fit.step, "losses": means, "seconds": seconds})
+            recent.clear()
+        if fit.step % config.training.checkpoint_every == 0 and not fit.finished:
+            _checkpoint(fit, fingerprint, leader)
+
+    if leader:
+        scorer = fit.calibrated(images[held_out])
+        now = datetime.now(UTC)
+        version = new_version(config, now)
+        provenance = {
+            "dataset": job.dataset.uri,
+            "data_fingerprint": fingerprint,
+            "training_images": len(training),
+            "held_out_images": len(held_out),
+            "seconds": round(time.time() - started, 1),
+            "losses": means,
+            "packages": package_versions(),
+            "created": now.isoformat(timespec="seconds"),
+        }
+        save_model(job.models, job.category, version, scorer, provenance)
+        ray.get(board.post.remote(job.category, {"state": "done", "version": version, "seconds": time.time() - started}))
+
+
+def _resume(fit: Fit, fingerprint: str) -> None:
+    """Continue from Ray Train's last checkpoint of this run, unless it was made from other photographs."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return
+    with checkpoint.as_directory() as folder:
+        state = torch.load(Path(folder) / "fit.pt", map_location=fit.device, weights_only=True)
+    if state["fingerprint"] == fingerprint:
+        fit.load_state_dict(state["fit"])
+
+
+def _checkpoint(fit: Fit, fingerprint: str, leader: bool) -> None:
+    """Report to Ray Train; every rank must call it, the leader's checkpoint counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        if leader:
+            torch.save({"fingerprint": fingerprint, "fit": fit.state_dict()}, Path(folder) / "fit.pt")
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report({"step": fit.step}, checkpoint=checkpoint)
+
+
+def run_storage(models: Location) -> Location:
+    """Where Ray Train keeps the checkpoints of unfinished runs."""
+    return models / "_runs"
+
+
+def _train_one(job: CategoryJob, board: Any) -> None:
+    storage = run_storage(job.models)
+    filesystem, path = storage.arrow_filesystem()
+    trainer = ray.train.torch.TorchTrainer(
+        fit_category,
+        train_loop_config={"job": job, "board": board},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=job.workers,
+            use_gpu=job.gpus_per_worker > 0,
+            resources_per_worker={"CPU": job.cpus_per_worker}
+            | ({"GPU": job.gpus_per_worker} if job.gpus_per_worker > 0 else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=job.run_name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=3),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:  # whatever fails, the other categories go on
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1] if lines else type(error).__name__
+        ray.get(board.post.remote(job.category, {"state": "failed", "reason": reason}))
+        return
+    (storage / job.run_name).remove_tree()
+
+
+def train_categories(jobs: list[CategoryJob], *, max_concurrent: int) -> Iterator[list[Progress]]:
+    """Fit all categories, at most `max_concurrent` at once; yields where each stands about twice a second.
+
+    The last value yielded is the outcome: every category is then done or failed. One failure stops nobody else.
+    """
+    board = ProgressBoard.remote()
+
+    def snapshot() -> list[Progress]:
+        facts = ray.get(board.read.remote())
+        return [
+            Progress(job.category, job.config.training.iterations, **facts.get(job.category, {})) for job in jobs
+        ]
+
+    with ThreadPoolExecutor(max_concurrent) as pool:
+        futures = [pool.submit(_train_one, job, board) for job in jobs]
+        while not all(future.done() for future in futures):
+            yield snapshot()
+            time.sleep(0.5)
+        for future in futures:
+            future.result()
+    yield [
+        progress
+        if progress.state in ("done", "failed")
+        else Progress(**asdict(progress) | {"state": "failed", "reason": "its workers ended without a result"})
+        for progress in snapshot()
+    ]
+    ray.kill(board)
+
