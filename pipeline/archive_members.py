@@ -1,13 +1,12 @@
 """The members of one tar, zip or folder, in order: each with what forbids reading it, or a way to read it.
 
 Whatever the bytes are, the readers here end, hold one member at a time, and lose nothing without a word: what
-comes before damage is given, then an entry that tells of the damage. Errors of the storage that the archive
-is read from (network, permissions) are another matter and are raised as they are.
+comes before damage is given, then an entry that tells of the damage. Errors of the storage (network,
+permissions) are another matter and are raised as they are.
 """
 
 from __future__ import annotations
 
-import errno
 import gzip
 import io
 import re
@@ -28,12 +27,16 @@ MAX_MEMBER_BYTES = 512 * 2**20
 
 Kind = Literal["tar", "zip", "folder"]
 
-# What a tar header may make us hold in memory, or stream past, on its word alone.
+# Tar headers with a long name or attributes of the next one: tarfile reads what follows them whole.
+_TAR_EXTENSIONS = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
 _MAX_TAR_EXTENSION_BYTES = 2**20
+# What is streamed past on the word of a header: tarfile goes on counting after the end of the file.
 _MAX_TAR_MEMBER_BYTES = 2**40
 
-# The end record of a zip, with the longest comment, lies in these.
-_ZIP_END_BYTES = 2**17
+_ZIP_END_BYTES = 2**17  # hold the end record of a zip and its longest comment
 
 # What the readers raise on bytes that are not what they should be. Any other error is the storage's.
 _DAMAGE = (
@@ -83,8 +86,7 @@ def entries(location: Location, kind: Kind, names: Sequence[str] | None = None) 
 
 def is_damage(error: BaseException) -> bool:
     """Whether the archive's content is at fault, and not the storage that it is read from."""
-    # EINVAL: an offset in the archive led before the start of a local file.
-    return isinstance(error, _DAMAGE) or (isinstance(error, OSError) and error.errno == errno.EINVAL)
+    return isinstance(error, _DAMAGE)
 
 
 def one_line(error: BaseException) -> str:
@@ -127,7 +129,7 @@ class _StrictTarInfo(tarfile.TarInfo):
             header = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"no header where the next member should start: {error}") from error
-        if header.size < 0 or (_is_tar_extension(header) and header.size > _MAX_TAR_EXTENSION_BYTES):
+        if header.size < 0 or (header.type in _TAR_EXTENSIONS and header.size > _MAX_TAR_EXTENSION_BYTES):
             raise tarfile.ReadError(f"a header of {header.size} bytes")
         return header
 
@@ -169,12 +171,6 @@ def _unzipped(file: BinaryIO) -> BinaryIO:
     return cast(BinaryIO, _EagerGzip(fileobj=file)) if is_gzip else file
 
 
-def _is_tar_extension(header: tarfile.TarInfo) -> bool:
-    """Whether the header announces a long name or attributes of the next one: tarfile reads those whole."""
-    extensions = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
-    return header.type in (*extensions, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-
-
 def _tar_reader(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Callable[[], bytes]:
     def read() -> bytes:
         content = tar.extractfile(member)
@@ -210,12 +206,13 @@ def _zip_entries(location: Location) -> Iterator[Entry]:
 
 
 def _zip_obstacle(info: zipfile.ZipInfo) -> str | None:
+    if info.header_offset < 0:
+        return "it should start before the archive"
     if info.flag_bits & 0x1:
         return "encrypted"
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return f"compression method {info.compress_type}: only stored and deflate are read"
-    is_unix = info.create_system == 3
-    if is_unix and stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+    if info.create_system == 3 and stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):  # Unix
         return "no regular file"
     return None
 

@@ -18,10 +18,11 @@ LOG_EVERY = 30.0
 
 
 def training_table(rows: list[Progress], title: str) -> Table:
-    """State, step, losses and time of every category."""
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in ("category", "state", "step", "noise", "bound", "feature", "elapsed", "left", "result"):
-        table.add_column(name, justify="right" if name not in ("category", "state", "result") else "left")
+    """State, step, losses, minutes so far and to go, and the outcome of every category."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for name in ("category", "state", "step", "noise", "bound", "feature", "time", "left", "result"):
+        text = name in ("category", "state", "result")
+        table.add_column(name, justify="left" if text else "right", no_wrap=name != "result", overflow="fold")
     for row in rows:
         losses = [f"{row.losses[name]:.3f}" if row.losses else "" for name in ("noise", "bound", "feature")]
         left = row.seconds / row.step * (row.iterations - row.step) if row.step else 0.0
@@ -97,11 +98,11 @@ def show_totals(totals: Totals) -> None:
 
 def metrics_table(found: Mapping[str, Any]) -> Table:
     """Metrics of every category and their mean, rates in percent."""
-    table = Table(title="pixel and image metrics, %", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(title="metrics in percent", title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("category")
     names = list(found["mean"])
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for category, metrics in [*found["categories"].items(), ("mean", found["mean"])]:
         table.add_row(category, *(_metric(name, metrics[name]) for name in names))
     return table

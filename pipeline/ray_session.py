@@ -40,6 +40,7 @@ def ray_session() -> Iterator[Resources]:
     of all workers stay in Ray's session folder.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     warnings.filterwarnings("ignore", module=r"ray\..*")
     remote = bool(os.environ.get("RAY_ADDRESS"))
     options = {} if remote else {"include_dashboard": False}

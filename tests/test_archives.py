@@ -84,8 +84,12 @@ def found(path: Path) -> Archive:
     return archive
 
 
-def members_of(path: Path, **limits: int) -> list[Member]:
-    return [member for shard in read_shards(found(path), **limits) for member in shard.members]
+def list_members(archive: Archive) -> list[Member]:
+    return [member for shard in read_shards(archive, shard_images=3) for member in shard.members]
+
+
+def members_of(path: Path) -> list[Member]:
+    return list_members(found(path))
 
 
 def codes(members: list[Member]) -> dict[str, str]:
@@ -106,7 +110,7 @@ def assert_ends_in_damage(members: list[Member]) -> None:
     assert "\n" not in last.failure.detail
 
 
-# --- Finding ---------------------------------------------------------------------------------------------------
+# --- Finding
 
 
 def test_finds_archives_and_loose_images_in_a_tree(tmp_path: Path) -> None:
@@ -141,10 +145,6 @@ def test_finds_archives_and_loose_images_in_a_tree(tmp_path: Path) -> None:
     loose = [name for a in archives if a.kind == "folder" for name, _ in images(list_members(a))]
     assert loose == ["b.JPG", "photos/a.png", "c.png", "deep/d.png"]
     assert {a.category for a in find_archives([str(tmp_path)], category="pill")} == {"pill"}
-
-
-def list_members(archive: Archive) -> list[Member]:
-    return [member for shard in read_shards(archive) for member in shard.members]
 
 
 def test_nothing_is_found_twice(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_names_are_safe_stable_and_distinct() -> None:
         "/a/" + "x" * 240 + ".zip",
     ]
     names = [Archive(Location.parse(uri), "tar", "bottle").name for uri in uris]
-    assert names[0] == "night.tar-d96e8bc1"
+    assert names[0] == "night.tar-74255e6c"
     assert len(set(names)) == len(names)
     assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}-[0-9a-f]{8}", name) for name in names)
 
@@ -205,10 +205,10 @@ def test_image_id_tells_archives_and_members_apart() -> None:
     ids = [image_id(*pair) for pair in pairs]
     assert len(set(ids)) == 4
     assert all(re.fullmatch("[0-9a-f]{32}", one) for one in ids)
-    assert ids[0] == image_id("s3://b/a.tar", "x.png") == "0b8e7d63ef4e2f6d5e4e0b3a7e5e4a8f"
+    assert ids[0] == image_id("s3://b/a.tar", "x.png") == "c6a3938ca1ae3f84a95c4cbb58bc566a"
 
 
-# --- Shards ----------------------------------------------------------------------------------------------------
+# --- Shards
 
 
 @every_kind
@@ -274,7 +274,7 @@ def test_reads_from_object_storage_as_from_disk(tmp_path: Path) -> None:
         storage.rm("/bucket", recursive=True)
 
 
-# --- What is no image ------------------------------------------------------------------------------------------
+# --- What is no image
 
 ODD_FILES: Files = [
     ("a.png", png(0)),
@@ -390,7 +390,7 @@ def test_an_archive_without_members_gives_no_shard(tmp_path: Path) -> None:
         assert list(read_shards(found(write(tmp_path, [])))) == []
 
 
-# --- Damage ----------------------------------------------------------------------------------------------------
+# --- Damage
 
 
 @every_file_kind
@@ -410,8 +410,10 @@ def test_cut_tar_gives_all_before_the_cut_and_says_so(tmp_path: Path, write: Wri
     files = some_images(8)
     whole = write(tmp_path, files).read_bytes()
     path = write(tmp_path, [])
+    # A tar ends in padding that nobody misses.
+    end = len(whole.rstrip(b"\0")) if write is write_tar else len(whole)
     complete = []
-    for cut in range(0, len(whole) - 1024 if write is write_tar else len(whole), 131):
+    for cut in range(0, end, 131):
         path.write_bytes(whole[:cut])
         members = members_of(path)
         assert_ends_in_damage(members)
@@ -419,8 +421,7 @@ def test_cut_tar_gives_all_before_the_cut_and_says_so(tmp_path: Path, write: Wri
         complete.append(len(images(members)))
     assert complete == sorted(complete)
     assert set(complete) >= set(range(8))
-    # At least what lies whole before the cut, give or take a header.
-    assert complete[len(complete) // 2] >= 3
+    assert complete[len(complete) // 2] in (3, 4)
 
 
 def test_cut_between_two_members_is_damage_too(tmp_path: Path) -> None:
@@ -507,7 +508,7 @@ def test_any_bytes_end_in_members_and_failures(tmp_path: Path, write: Write) -> 
                 chance.choice([chance.randrange(len(data)), chance.randrange(512), -chance.randint(1, 300)])
             ] = chance.randrange(256)
         path.write_bytes(data)
-        members = members_of(path, shard_images=3)
+        members = members_of(path)
         assert all((member.data is None) != (member.failure is None) for member in members)
         outcomes.update(codes(members).values())
         outcomes["sound"] += sum(sound.get(name) == data for name, data in images(members))
@@ -532,7 +533,7 @@ class FailingFile(io.BytesIO):
 def test_errors_of_the_storage_are_raised_and_not_taken_for_damage(
     tmp_path: Path, write: Write, part: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(tmp_path, [(f"{index}.png", png(index, side=300)) for index in range(12)])
+    path = write(tmp_path, [(f"{index}.png", png(index, side=200)) for index in range(12)])
 
     def open_failing(self: Location) -> BinaryIO:
         file = FailingFile(path.read_bytes())
@@ -541,21 +542,29 @@ def test_errors_of_the_storage_are_raised_and_not_taken_for_damage(
 
     archive = found(path)
     monkeypatch.setattr(Location, "open", open_failing)
+    shards = read_shards(archive, shard_images=2)
+    if part == 0.99 and write is not write_zip:
+        # Streamed: what lies far before the break is there by now.
+        assert images(list(next(shards).members)) == [(f"{n}.png", png(n, side=200)) for n in range(2)]
     with pytest.raises(ConnectionResetError):
-        list(read_shards(archive))
+        list(shards)
     path.unlink()
     monkeypatch.undo()
     with pytest.raises(FileNotFoundError):
         list(read_shards(archive))
 
 
-def test_zip_whose_directory_points_before_its_start(tmp_path: Path) -> None:
+# Where the end record of a zip says how long the directory is, and where it starts.
+@pytest.mark.parametrize("field", [12, 16])
+def test_zip_whose_offsets_lead_before_its_start(tmp_path: Path, field: int) -> None:
     path = write_zip(tmp_path, some_images(2))
     data = bytearray(path.read_bytes())
     end = data.rindex(b"PK\x05\x06")
-    data[end + 12 : end + 16] = struct.pack("<I", 2**31)
+    data[end + field : end + field + 4] = struct.pack("<I", 2**31)
     path.write_bytes(data)
-    assert_ends_in_damage(members_of(path))
+    members = members_of(path)
+    assert members
+    assert images(members) == []
 
 
 @pytest.mark.skipif("DEFECTMAP_MVTEC_ROOT" not in os.environ, reason="needs photographs of MVTec AD")
