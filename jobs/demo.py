@@ -22,7 +22,7 @@ class Options:
 
     output: str = "./defectmap-demo"
     """Folder for the data set, models, results, metrics.json and contact-sheet.png."""
-    textures: tuple[str, ...] = ("brick", "grass")
+    textures: tuple[str, ...] = ("brick", "gravel")
     """Photographs to use: brick, grass, gravel; each becomes a category."""
     set: tuple[str, ...] = ()
     """Settings that differ from the preset demo, such as training.iterations=50."""
@@ -35,7 +35,7 @@ def demo(options: Options) -> int:
     require_writable(output)
     dataset, models, results = output / "dataset", output / "models", output / "results"
     config = load_config("demo", options.set)
-    write_dataset(dataset, textures=options.textures, image_size=config.scoring.map_size)
+    write_dataset(dataset, textures=options.textures)
     console.print(f"data set of {', '.join(options.textures)} with implanted defects in {dataset}", markup=False)
     with ray_session() as resources:
         concurrent = min(len(options.textures), resources.gpus or resources.cpus)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline import evaluation
 from pipeline.command import OK, PARTIAL_FAILURE, console, run
 from pipeline.datasets import Layout, detect_layout
 from pipeline.errors import UserError
-from pipeline import evaluation
 from pipeline.model_store import model_categories
 from pipeline.progress import ScoringProgress, metrics_table, show_totals
 from pipeline.ray_session import ray_session
@@ -50,7 +50,10 @@ def main(options: Options) -> int:
     for category, masks in plan.masks.items():
         defective = sum(mask is not None for mask in masks.values())
         version = plan.batch.models[category].version
-        console.print(f"  {category}: {len(masks)} labelled images ({defective} defective), model {version}", markup=False)
+        console.print(
+            f"  {category}: {len(masks)} labelled images ({defective} defective), model {version}",
+            markup=False,
+        )
     if options.dry_run:
         return OK
     require_writable(results)

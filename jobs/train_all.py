@@ -66,9 +66,7 @@ def train_all(options: Options) -> int:
     if not options.dry_run:
         require_writable(models)
     with ray_session() as resources:
-        concurrent, cpus, gpus = share(
-            resources, len(chosen), options.workers_per_category, options.max_concurrent
-        )
+        concurrent, cpus, gpus = share(resources, len(chosen), options.workers_per_category, options.max_concurrent)
         console.print(
             f"{len(chosen)} categories of {dataset} ({layout}), preset {options.preset} [{config.digest()}], "
             f"{config.training.iterations} iterations; {concurrent} at once, "

@@ -163,9 +163,7 @@ class ScoringActor:
         except (UserError, OSError) as error:
             reason = " ".join(str(error).split())
             return asdict(ShardOutcome(row["archive"], row["shard"], members, error=reason))
-        return asdict(
-            ShardOutcome(row["archive"], row["shard"], members, len(row["names"]), len(failures), anomalous)
-        )
+        return asdict(ShardOutcome(row["archive"], row["shard"], members, len(row["names"]), len(failures), anomalous))
 
     def _scorer(self, category: str) -> Scorer:
         if category not in self.scorers:
@@ -297,9 +295,7 @@ def score_archives(plan: BatchPlan, workers: Workers, progress: Callable[[ShardO
     # Every shard leaves its task as soon as it is complete instead of waiting for a larger block.
     context.target_max_block_size = 1
     shards = (
-        ray.data.from_items(
-            [{"archive": i} for i in range(len(plan.archives))], override_num_blocks=len(plan.archives)
-        )
+        ray.data.from_items([{"archive": i} for i in range(len(plan.archives))], override_num_blocks=len(plan.archives))
         .flat_map(read_archive, fn_kwargs={"plan": plan}, num_cpus=0.25)
         .map(decode_shard, fn_kwargs={"plan": plan}, num_cpus=0.5)
         .map(

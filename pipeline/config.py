@@ -10,7 +10,15 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from pipeline.diffusion.process import Schedule
 from pipeline.errors import UserError
@@ -21,7 +29,7 @@ PresetName = Literal["demo", "fast", "paper", "unified"]
 class Section(BaseModel):
     """A frozen group of settings; unknown names are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class NetworkConfig(Section):
@@ -31,7 +39,7 @@ class NetworkConfig(Section):
     """Side of the diffused image in pixels; photographs are shrunk from `map_size` by whole factors."""
     model_channels: int = Field(256, ge=32, multiple_of=32)
     """Base width in channels."""
-    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4, 4)
+    channel_mult: tuple[PositiveInt, ...] = Field((1, 1, 2, 2, 4, 4), min_length=1)
     """Width of each level as a multiple of `model_channels`."""
     num_res_blocks: int = Field(2, ge=1)
     """Residual blocks per level."""
@@ -46,10 +54,12 @@ class FeatureConfig(Section):
 
     extractor: str = "tf_efficientnet_lite0"
     """A timm model name; tf_efficientnet_lite0/1/2 need no network connection."""
-    stages: tuple[int, ...] = (0, 1, 2, 3)
+    stages: tuple[NonNegativeInt, ...] = Field((0, 1, 2, 3), min_length=1)
     """Backbone stages whose outputs are concatenated."""
     grid: int = Field(64, ge=4)
     """Side of the feature map in cells; `image_size / grid` must be a power of two within the U-Net."""
+    neighbourhood: int = Field(1, ge=1)
+    """Side of the window, in cells, over which each cell's features are averaged; odd."""
     standardise: bool = True
     """Scale each channel to zero mean and unit variance over the training images. Off: raw features, as published."""
 
@@ -86,9 +96,9 @@ class TrainingConfig(Section):
 class ScoringConfig(Section):
     """How a trained network's outputs become one anomaly map and one score per image."""
 
-    respaced_steps: int = Field(250, ge=2)
+    respaced_steps: int = Field(250, ge=2, le=1000)
     """Length of the respaced chain."""
-    timesteps: tuple[int, ...] = (5, 50, 100)
+    timesteps: tuple[NonNegativeInt, ...] = Field((5, 50, 100), min_length=1)
     """Indices into the respaced chain at which each image is noised once."""
     alpha: float = Field(0.5, ge=0, le=1)
     """Weight of the KL map; the feature map has 1 - alpha."""
@@ -132,6 +142,13 @@ class Config(Section):
             )
         if net.image_size % rates[-1]:
             raise ValueError(f"network.image_size = {net.image_size}: must be a multiple of {rates[-1]}")
+        attending = [m for m, r in zip(net.channel_mult, rates, strict=True) if r in net.attention_resolutions]
+        for mult in (*attending, net.channel_mult[-1]):  # the middle of the U-Net always attends
+            if mult * net.model_channels % net.num_head_channels:
+                raise ValueError(
+                    f"network.num_head_channels = {net.num_head_channels}: must divide {mult * net.model_channels}, "
+                    "the channels of a level with attention"
+                )
         if self.scoring.map_size % net.image_size:
             raise ValueError(
                 f"scoring.map_size = {self.scoring.map_size}: must be a multiple of network.image_size ({net.image_size})"
@@ -159,9 +176,9 @@ PRESETS: dict[PresetName, Config] = {
             attention_resolutions=(8,),
             num_head_channels=32,
         ),
-        features=FeatureConfig(grid=32),
-        training=TrainingConfig(iterations=250, batch_size=8, learning_rate=4e-4, ema_decay=0.98, max_timestep=450),
-        scoring=ScoringConfig(kl_sigma=2.0, map_sigma=1.0, whiten=True, map_size=128, batch_size=16),
+        features=FeatureConfig(grid=32, neighbourhood=3),
+        training=TrainingConfig(iterations=150, batch_size=8, learning_rate=4e-4, ema_decay=0.97, max_timestep=450),
+        scoring=ScoringConfig(kl_sigma=4.0, map_sigma=2.0, whiten=True, batch_size=16),
     ),
     "fast": Config(
         preset="fast",
@@ -212,5 +229,8 @@ def load_config(preset: PresetName, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "config"
-        raise UserError(f"--set {where}: {first['msg']} (given {first['input']!r})".replace("\n", " ")) from error
+        reason = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:  # fields that do not go together: the reason names them
+            raise UserError(f"--set {reason}") from error
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"--set {where}: {reason} (given {first['input']!r})") from error

@@ -74,11 +74,7 @@ def detect_layout(root: Location) -> Layout:
 def categories(root: Location, layout: Layout) -> list[str]:
     """The category names, sorted. Raises UserError where there is none."""
     require_exists(root, "dataset")
-    names = (
-        sorted({row["object"] for row in _visa_rows(root)})
-        if layout == "visa"
-        else _category_names(root, layout)
-    )
+    names = sorted({row["object"] for row in _visa_rows(root)}) if layout == "visa" else _category_names(root, layout)
     if not names:
         raise UserError(f"dataset {root} has no category in the layout {layout}: check the path and --layout")
     return names
@@ -116,9 +112,7 @@ def labelled_records(root: Location, layout: Layout, category: str) -> list[Reco
     """The test images, never empty, each defective one with its mask. Raises UserError otherwise."""
     found = [r for r in records(root, layout, category) if r.split == "test"]
     if not found:
-        raise UserError(
-            f"category '{category}' of {root} has no test images: evaluation needs a labelled test split"
-        )
+        raise UserError(f"category '{category}' of {root} has no test images: evaluation needs a labelled test split")
     bare = [r for r in found if not r.is_normal and r.mask is None]
     if bare:
         remedy = (
@@ -151,15 +145,11 @@ def _folder_records(folder: Location, layout: Layout, category: str) -> list[Rec
     return found
 
 
-def _sorted_record(
-    image: Location, path: str, masks: dict[str, Location], category: str, split: Split
-) -> Record:
+def _sorted_record(image: Location, path: str, masks: dict[str, Location], category: str, split: Split) -> Record:
     """The record of an image at ``<defect>/<name>`` in its split; ``masks`` go by path without suffix."""
     defect, _, name = path.partition("/")
     if not name:
-        raise UserError(
-            f"{image} has no label: move it to {split}/good or {split}/<defect>, or try --layout folder"
-        )
+        raise UserError(f"{image} has no label: move it to {split}/good or {split}/<defect>, or try --layout folder")
     if defect in _NORMAL_FOLDERS:
         return Record(image, None, category, split, "good")
     stem = _stem(path)
@@ -194,9 +184,7 @@ def _category_names(root: Location, layout: Layout) -> list[str]:
     if "train" in folders:
         return [root.name]
     loose = layout == "folder"
-    names = [
-        name for name, folder in folders.items() if _has_splits(folder) or (loose and _holds_images(folder))
-    ]
+    names = [name for name, folder in folders.items() if _has_splits(folder) or (loose and _holds_images(folder))]
     return sorted(names) or ([root.name] if loose and _holds_images(root) else [])
 
 

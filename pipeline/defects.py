@@ -120,9 +120,7 @@ def _stain(image: Array, foreign: Array, rng: np.random.Generator, scale: float)
     return content, opacity
 
 
-def _missing_texture(
-    image: Array, foreign: Array, rng: np.random.Generator, scale: float
-) -> tuple[Array, Array]:
+def _missing_texture(image: Array, foreign: Array, rng: np.random.Generator, scale: float) -> tuple[Array, Array]:
     height, width, _ = image.shape
     side = min(height, width)
     radius = max(4.0, rng.uniform(0.08, 0.2) * side) * scale
@@ -137,18 +135,14 @@ def _missing_texture(
     return content + camera_noise, opacity
 
 
-def _foreign_patch(
-    image: Array, foreign: Array, rng: np.random.Generator, scale: float
-) -> tuple[Array, Array]:
+def _foreign_patch(image: Array, foreign: Array, rng: np.random.Generator, scale: float) -> tuple[Array, Array]:
     height, width, _ = image.shape
     side = min(height, width)
     radius = max(4.0, rng.uniform(0.08, 0.18) * side) * scale
     return foreign, _blob(height, width, radius, max(1.5, rng.uniform(0.01, 0.03) * side), rng)
 
 
-def _perlin_blend(
-    image: Array, foreign: Array, rng: np.random.Generator, scale: float
-) -> tuple[Array, Array]:
+def _perlin_blend(image: Array, foreign: Array, rng: np.random.Generator, scale: float) -> tuple[Array, Array]:
     """DRAEM's anomaly (Zavrtanik et al., ICCV 2021): thresholded Perlin noise shows a foreign texture.
 
     The threshold is the noise's own quantile, which bounds the defect's area: 3-12 % of the image at scale 1.

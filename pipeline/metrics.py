@@ -19,9 +19,7 @@ INFINITY = 0x7C00  # the first pattern that is not finite; the sign bit makes it
 CHUNK_PIXELS = 1 << 18  # keeps the widened indices of one histogram pass (2 MiB) in cache
 
 # Every finite pattern from the largest value to the smallest; +0 stands for both zeros.
-DESCENDING = np.concatenate(
-    [np.arange(INFINITY - 1, -1, -1), np.arange(NEGATIVE_ZERO + 1, NEGATIVE_ZERO + INFINITY)]
-)
+DESCENDING = np.concatenate([np.arange(INFINITY - 1, -1, -1), np.arange(NEGATIVE_ZERO + 1, NEGATIVE_ZERO + INFINITY)])
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 
 Counts = NDArray[np.signedinteger]  # int64; bincount gives the platform's intp
@@ -35,9 +33,7 @@ def rate_curve(counts: Counts | Floats, total: float) -> Floats:
 
 def auroc(negatives: Counts, positives: Counts) -> float:
     """Area under the ROC curve from counts per distinct score, highest first; ties count one half."""
-    ahead = (
-        np.cumsum(positives) - positives / 2
-    )  # of each negative: the positives above it, half of its equals
+    ahead = np.cumsum(positives) - positives / 2  # of each negative: the positives above it, half of its equals
     return float(np.dot(negatives, ahead) / (float(negatives.sum()) * float(positives.sum())))
 
 
@@ -93,26 +89,20 @@ def map_maxima(patterns_nhw: NDArray[np.uint16]) -> Floats:
 def checked_masks(masks: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     masks = np.asarray(masks)
     if masks.shape != shape:
-        raise ValueError(
-            f"masks have shape {masks.shape} but maps {shape}; give one mask pixel per map pixel"
-        )
+        raise ValueError(f"masks have shape {masks.shape} but maps {shape}; give one mask pixel per map pixel")
     if masks.dtype == np.bool_:
         return masks
     if masks.dtype.kind not in "iu":
         raise ValueError(f"masks have dtype {masks.dtype}; give bool, or integers 0 and 1")
     if masks.size and (masks.min() < 0 or masks.max() > 1):
-        raise ValueError(
-            f"masks hold values from {masks.min()} to {masks.max()}; give bool, or integers 0 and 1"
-        )
+        raise ValueError(f"masks hold values from {masks.min()} to {masks.max()}; give bool, or integers 0 and 1")
     return masks.astype(np.bool_)
 
 
 def checked_maps(maps: ArrayLike) -> NDArray:
     maps = np.asarray(maps)
     if maps.ndim != 3 or 0 in maps.shape[1:]:
-        raise ValueError(
-            f"maps have shape {maps.shape}; give images x height x width, at least 1 x 1 pixels each"
-        )
+        raise ValueError(f"maps have shape {maps.shape}; give images x height x width, at least 1 x 1 pixels each")
     if maps.dtype.kind != "f":
         raise ValueError(f"maps have dtype {maps.dtype}; give float16, float32 or float64")
     return maps
@@ -130,9 +120,7 @@ def checked_scores(scores: ArrayLike, images: int) -> Floats:
 def raise_if_not_finite(histogram: Counts) -> None:
     magnitudes = histogram.reshape(2, -1).sum(axis=0)
     if magnitudes[INFINITY + 1 :].any():
-        raise ValueError(
-            f"maps hold NaN in {magnitudes[INFINITY + 1 :].sum()} pixels; drop those images first"
-        )
+        raise ValueError(f"maps hold NaN in {magnitudes[INFINITY + 1 :].sum()} pixels; drop those images first")
     if magnitudes[INFINITY]:
         raise ValueError(
             f"maps go beyond the float16 range, +-65504, in {magnitudes[INFINITY]} pixels; scale them down"
@@ -222,9 +210,7 @@ class LocalizationMetrics:
         no image was added.
         """
         undefined = self.reasons()
-        values = dict.fromkeys(
-            ["pixel_auroc", "pixel_ap", self.pro_name, "image_auroc", "image_ap"], float("nan")
-        )
+        values = dict.fromkeys(["pixel_auroc", "pixel_ap", self.pro_name, "image_auroc", "image_ap"], float("nan"))
         if "pixel_auroc" not in undefined:
             normal, defect, covered = self._by_threshold()
             values["pixel_auroc"] = auroc(normal, defect)

@@ -1,8 +1,8 @@
 """Trained categories on storage: weights and calibration as safetensors, everything else as JSON you can read.
 
-    MODELS/<category>/<version>/weights.safetensors
-    MODELS/<category>/<version>/model.json      config, thresholds, provenance; written after the weights
-    MODELS/<category>/latest.json               {"version": ...}; written last
+MODELS/<category>/<version>/weights.safetensors
+MODELS/<category>/<version>/model.json      config, thresholds, provenance; written after the weights
+MODELS/<category>/latest.json               {"version": ...}; written last
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def package_versions() -> dict[str, str]:
     return {name: package_version(name) for name in ("defectmap", "torch", "timm", "numpy", "pillow", "ray")}
 
 
-def save_model(
-    models: Location, category: str, version: str, scorer: Scorer, provenance: dict[str, Any]
-) -> Location:
+def save_model(models: Location, category: str, version: str, scorer: Scorer, provenance: dict[str, Any]) -> Location:
     """Store a calibrated scorer as MODELS/<category>/<version> and make it the latest. Returns its folder."""
     assert scorer.calibration is not None
     folder = models / category / version
@@ -118,14 +116,11 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
     """A stored model ready to score. Raises UserError when its weights do not fit its config."""
     try:
         tensors = load_tensors((info.location / "weights.safetensors").read_bytes())
-        features = info.config.features
-        extractor = FeatureExtractor(features.extractor, stages=features.stages, grid=features.grid)
+        extractor = FeatureExtractor.of(info.config.features)
         denoiser = Denoiser(info.config, extractor.channels)
         denoiser.load_state_dict(_under("denoiser.", tensors))
-        calibration = Calibration(
-            **{name: tensor.to(device) for name, tensor in _under("calibration.", tensors).items()},
-            **info.thresholds,
-        )
+        numbers: dict[str, Any] = {**_under("calibration.", tensors), **info.thresholds}
+        calibration = Calibration(**numbers).to(device)
     except (FileNotFoundError, SafetensorError, RuntimeError, TypeError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"the weights of {info.location} cannot be used ({first}): train the category again") from error

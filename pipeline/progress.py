@@ -11,7 +11,7 @@ from rich.table import Table
 
 from pipeline.batch import ShardOutcome, Totals
 from pipeline.command import console
-from pipeline.training import Progress
+from pipeline.training import Progress, State
 
 LOG_EVERY = 30.0
 """Seconds between progress lines when the output is not a terminal."""
@@ -46,7 +46,8 @@ def show_training(snapshots: Iterable[list[Progress]]) -> list[Progress]:
             for rows in snapshots:
                 live.update(training_table(rows, "training"))
     else:
-        shown, states = 0.0, {}
+        shown = 0.0
+        states: dict[str, State] = {}
         for rows in snapshots:
             now = {row.category: row.state for row in rows}
             if now != states or time.monotonic() - shown > LOG_EVERY:

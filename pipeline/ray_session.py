@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 import ray.data
@@ -40,9 +43,9 @@ def ray_session() -> Iterator[Resources]:
     of all workers stay in Ray's session folder.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     warnings.filterwarnings("ignore", module=r"ray\..*")
     remote = bool(os.environ.get("RAY_ADDRESS"))
+    _quiet_native_log()
     options = {} if remote else {"include_dashboard": False}
     ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=True, **options)
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
@@ -55,3 +58,12 @@ def ray_session() -> Iterator[Resources]:
         yield Resources(int(total.get("CPU", 1)), int(total.get("GPU", 0)))
     finally:
         ray.shutdown()
+
+
+def _quiet_native_log() -> None:
+    """Ray's C++ side writes warnings of its own working to file descriptor 2: give it a file, keep ours on the terminal."""
+    if sys.stderr.fileno() != 2:
+        return
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    log = Path(tempfile.gettempdir()) / f"defectmap-ray-{os.getpid()}.log"
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)

@@ -73,8 +73,7 @@ class FailureRow:
 
 
 REGION_TYPE = pa.struct(
-    [(name, pa.int32()) for name in ("x", "y", "width", "height")]
-    + [("area", pa.int64()), ("peak", pa.float64())]
+    [(name, pa.int32()) for name in ("x", "y", "width", "height")] + [("area", pa.int64()), ("peak", pa.float64())]
 )
 
 SCORES_SCHEMA = pa.schema(
@@ -231,9 +230,7 @@ def _storable(value: Any) -> Any:
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
-def _shards(
-    results: Location, table: str, category: str | None, night: str | None
-) -> list[tuple[str, str, str]]:
+def _shards(results: Location, table: str, category: str | None, night: str | None) -> list[tuple[str, str, str]]:
     """(category, night, shard) of every file of the table, ordered by its path."""
     return [
         (of_category, of_night, _shard_name(file))
@@ -245,9 +242,7 @@ def _shards(
     ]
 
 
-def _read(
-    table: str, schema: pa.Schema, results: Location, category: str | None, night: str | None
-) -> pa.Table:
+def _read(table: str, schema: pa.Schema, results: Location, category: str | None, night: str | None) -> pa.Table:
     """All files of finished shards in one table, with their partition as two more columns."""
     finished = _shards(results, "scores", category, night)
     if table != "scores":

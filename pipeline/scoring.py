@@ -7,7 +7,7 @@ map in any batch, on any worker, on any night, and all photographs are compared 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -85,6 +85,11 @@ class Calibration:
     """Image score above which an image is anomalous at the configured false-alarm rate."""
     pixel_threshold: float
     """Map value above which a pixel belongs to a region, at the same rate per image."""
+
+    def to(self, device: torch.device | str) -> Calibration:
+        """The same on another device."""
+        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor"}
+        return replace(self, **tensors)
 
 
 class Maps(NamedTuple):
@@ -183,8 +188,8 @@ class Scorer:
     ) -> None:
         self.config = denoiser.config
         self.device = torch.device(device)
-        self.denoiser = denoiser.to(self.device, memory_format=torch.channels_last).eval()
-        self.extractor = extractor.to(self.device, memory_format=torch.channels_last)
+        self.denoiser = denoiser.to(self.device).to(memory_format=torch.channels_last).eval()
+        self.extractor = extractor.to(self.device).to(memory_format=torch.channels_last)
         self.calibration = calibration
         self.label = label
         scoring = self.config.scoring
@@ -285,9 +290,7 @@ class Scorer:
                 sums += torch.stack([maps.double().sum((0, 2, 3)), maps.double().square().sum((0, 2, 3))])
         pixels = len(images_nhwc) * self.config.scoring.map_size**2
         (kl_mean, kl_std), (feature_mean, feature_std) = (moments(sums, pixels) for sums in (kl_sums, feature_sums))
-        scaled = Calibration(
-            kl_mean, kl_std, feature_mean, feature_std, residual_mean, whitening, empty, 0.0, 0.0
-        )
+        scaled = Calibration(kl_mean, kl_std, feature_mean, feature_std, residual_mean, whitening, empty, 0.0, 0.0)
         self.calibration = scaled
         result = self.score(images_nhwc)
         rate = self.config.scoring.false_alarm_rate

@@ -67,7 +67,7 @@ def _rows(plan: EvaluationPlan, category: str, count: int) -> list[tuple[str, li
         kinds.setdefault(row["member"].split("/")[-2], key)
     chosen = [key for kind, key in sorted(kinds.items()) if plan.masks[category][key] is not None][: count - 1]
     chosen += [key for key in by_id if plan.masks[category][key] is None][:1]
-    maps = {}
+    maps: dict[str, np.ndarray] = {}
     for shard in committed_shards(batch, archive):
         for ids, block in iter_maps(batch.results, category=category, night=batch.night, shard=shard):
             maps |= {key: block[i] for i, key in enumerate(ids) if key in chosen}

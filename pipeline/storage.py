@@ -246,9 +246,7 @@ def require_exists(location: Location, what: str) -> None:
         bucket = Location("/".join(location.uri.split("/", 3)[:3]))
         bucket_missing = location.uri.startswith("s3://") and not bucket.exists()
     except STORAGE_ERRORS as error:
-        raise UserError(
-            f"{what} {location} cannot be read: {explain(location.uri, error, _s3_endpoint())}"
-        ) from error
+        raise UserError(f"{what} {location} cannot be read: {explain(location.uri, error, _s3_endpoint())}") from error
     advice = missing_bucket(location.uri, _s3_endpoint()) if bucket_missing else "check the path"
     raise UserError(f"{what} {location} does not exist: {advice}")
 
@@ -262,9 +260,7 @@ def require_writable(location: Location) -> None:
         probe.write_bytes(b"")
         probe.remove()
     except STORAGE_ERRORS as error:
-        raise UserError(
-            f"cannot write to {location}: {explain(location.uri, error, _s3_endpoint())}"
-        ) from error
+        raise UserError(f"cannot write to {location}: {explain(location.uri, error, _s3_endpoint())}") from error
 
 
 def _s3_endpoint() -> str | None:
@@ -314,9 +310,7 @@ def _replace_file(path: Path, data: bytes) -> None:
         raise
 
 
-def _local_files(
-    folder: str, *, recursive: bool, above: frozenset[tuple[int, int]] = frozenset()
-) -> Iterator[str]:
+def _local_files(folder: str, *, recursive: bool, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
     """Paths of the files in a local folder. Follows links to folders, save to one of those ``above``."""
     if not Path(folder).is_dir():
         return

@@ -48,9 +48,7 @@ def _explain_s3(uri: str, error: Exception, endpoint: str | None) -> str:
         case FileNotFoundError():
             return missing_bucket(uri, endpoint)
         case ValueError():
-            return (
-                "AWS settings not valid; check AWS_ENDPOINT_URL (as http://host:9000) and AWS_DEFAULT_REGION"
-            )
+            return "AWS settings not valid; check AWS_ENDPOINT_URL (as http://host:9000) and AWS_DEFAULT_REGION"
     # s3fs turns an answer of the server into an OSError and keeps the answer as its cause.
     answer = error.__cause__ if isinstance(error.__cause__, ClientError) else error
     code = answer.response.get("Error", {}).get("Code") if isinstance(answer, ClientError) else None

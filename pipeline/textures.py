@@ -42,14 +42,15 @@ def implant(
     rng: np.random.Generator,
     *,
     foreign_hwc_u8: NDArray[np.uint8] | None = None,
+    scale: float = 1.0,
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """A copy of the image with one defect of this kind (see DEFECTS), and the (H, W) mask of the defect.
 
     image_hwc_u8: (H, W, 3) uint8, H and W at least 32. foreign_hwc_u8: (h, w, 3) uint8 of any size, what
     `foreign_patch` and `perlin_blend` paste; by default one of the bundled photographs. Outside the mask the
     result equals the image bit for bit. The mask is never empty, and solid: pixels inside a defect that
-    happen to keep their value belong to it. A grey image stays grey. Same image, kind and rng state: same
-    result. Raises ValueError for an unknown kind or another shape or dtype.
+    happen to keep their value belong to it. A scale above 1 asks for a larger and stronger defect. A grey
+    image stays grey. Same image, kind, scale and rng state: same result. Raises ValueError for an unknown kind or another shape or dtype.
     """
     if kind not in DEFECTS:
         raise ValueError(f"unknown defect {kind!r}: choose one of {', '.join(DEFECTS)}")
@@ -65,7 +66,7 @@ def implant(
     strong = min(max(STRONG, STRONG_OF_CONTRAST * contrast(image)), STRONG_AT_MOST)
     away = np.where(image.mean() < 128, 1.0, -1.0)
     for attempt in range(MAX_TRIES):
-        content, opacity = PAINTERS[kind](image, foreign, rng, 1 + 0.1 * attempt)
+        content, opacity = PAINTERS[kind](image, foreign, rng, scale + 0.1 * attempt)
         # Where chance gives nothing to see (a foreign texture like the image's own, no texture that could be
         # missing), the next tries are larger and stronger, the late ones of another brightness, and the last
         # of the opposite brightness pixel by pixel: less plausible, but sure to show.
@@ -91,12 +92,15 @@ def write_dataset(
     train_images: int = 120,
     test_normal: int = 20,
     test_defective: int = 30,
+    defects: Sequence[str] = ("scratch", "spot", "stain", "missing_texture", "foreign_patch"),
+    scale: float = 2.0,
     seed: int = 0,
 ) -> None:
     """Write the embedded data set in MVTec AD's layout: square RGB PNG, `image_size` px; counts per texture.
 
-    Training and test crops come from different strips of the photograph. The defects take turns. A texture's
-    files depend on its name, image_size, the counts and the seed alone: the same bytes every time.
+    Training and test crops come from different strips of the photograph. The defects take turns; `scale`
+    makes them larger and stronger than `implant` does by itself, for photographs as rough as these. A texture's
+    files depend on its name and the arguments alone: the same bytes every time.
     Raises UserError for an unknown texture and for an image_size under 32 px.
     """
     unknown = sorted(set(textures) - set(TEXTURES))
@@ -118,9 +122,9 @@ def write_dataset(
             crop = _random_crop(test_strip, image_size, image_size, rng)
             (category / "test" / "good" / f"{i:03d}.png").write_bytes(encode_png(crop))
         for i in range(test_defective):
-            number, kind = i // len(DEFECTS), DEFECTS[i % len(DEFECTS)]
+            number, kind = i // len(defects), defects[i % len(defects)]
             crop = _random_crop(test_strip, image_size, image_size, rng)
-            defective, mask = implant(crop, kind, rng, foreign_hwc_u8=others[number % len(others)])
+            defective, mask = implant(crop, kind, rng, foreign_hwc_u8=others[number % len(others)], scale=scale)
             (category / "test" / kind / f"{number:03d}.png").write_bytes(encode_png(defective))
             mask_png = encode_png(mask.astype(np.uint8) * np.uint8(255))
             (category / "ground_truth" / kind / f"{number:03d}_mask.png").write_bytes(mask_png)
@@ -136,9 +140,7 @@ def photograph(name: str, *, min_side: int = 0) -> NDArray[np.uint8]:
     return np.repeat(np.asarray(grey)[..., None], 3, axis=2)
 
 
-def strips(
-    photo_hwc: NDArray[np.uint8], image_size: int
-) -> tuple[list[NDArray[np.uint8]], NDArray[np.uint8]]:
+def strips(photo_hwc: NDArray[np.uint8], image_size: int) -> tuple[list[NDArray[np.uint8]], NDArray[np.uint8]]:
     """Cut the photograph into upright strips without overlap: (for training, for testing).
 
     Upright, because the photographs change from top to bottom with distance. The middle third is for testing
@@ -151,9 +153,7 @@ def strips(
     return [photo_hwc[:, : width // 2]], photo_hwc[:, width // 2 :]
 
 
-def _random_crop(
-    image_hwc: NDArray[np.uint8], height: int, width: int, rng: np.random.Generator
-) -> NDArray[np.uint8]:
+def _random_crop(image_hwc: NDArray[np.uint8], height: int, width: int, rng: np.random.Generator) -> NDArray[np.uint8]:
     top = rng.integers(image_hwc.shape[0] - height + 1)
     left = rng.integers(image_hwc.shape[1] - width + 1)
     return np.ascontiguousarray(image_hwc[top : top + height, left : left + width])

@@ -69,7 +69,6 @@ class Progress:
     """Why it failed, one line."""
 
 
-@ray.remote(num_cpus=0)
 class ProgressBoard:
     """Collects what the workers report; the driver looks at it when it redraws."""
 
@@ -100,7 +99,7 @@ def load_photographs(records: list[Record], size: int) -> np.ndarray:
 
 def data_fingerprint(images_nhwc: np.ndarray) -> str:
     """Sixteen hex digits naming the decoded training photographs."""
-    return hashlib.sha256(np.ascontiguousarray(images_nhwc)).hexdigest()[:16]
+    return hashlib.sha256(images_nhwc.tobytes()).hexdigest()[:16]
 
 
 def fit_category(settings: dict[str, Any]) -> None:
@@ -133,8 +132,7 @@ def _fit_category(job: CategoryJob, board: Any, context: Any, leader: bool) -> N
     images = load_photographs(records, config.scoring.map_size)
     fingerprint = data_fingerprint(images)
     training, held_out = split_holdout(len(images), config.training.holdout_fraction, config.training.seed)
-    features = config.features
-    extractor = FeatureExtractor(features.extractor, stages=features.stages, grid=features.grid)
+    extractor = FeatureExtractor.of(config.features)
     rank = Rank(context.get_world_rank(), context.get_world_size())
     fit = Fit(config, images[training], extractor, device=ray.train.torch.get_device(), rank=rank)
     _resume(fit, fingerprint)
@@ -172,7 +170,9 @@ def _fit_category(job: CategoryJob, board: Any, context: Any, leader: bool) -> N
             "created": now.isoformat(timespec="seconds"),
         }
         save_model(job.models, job.category, version, scorer, provenance)
-        ray.get(board.post.remote(job.category, {"state": "done", "version": version, "seconds": time.time() - started}))
+        ray.get(
+            board.post.remote(job.category, {"state": "done", "version": version, "seconds": time.time() - started})
+        )
 
 
 def _resume(fit: Fit, fingerprint: str) -> None:
@@ -236,13 +236,11 @@ def train_categories(jobs: list[CategoryJob], *, max_concurrent: int) -> Iterato
 
     The last value yielded is the outcome: every category is then done or failed. One failure stops nobody else.
     """
-    board = ProgressBoard.remote()
+    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
 
     def snapshot() -> list[Progress]:
         facts = ray.get(board.read.remote())
-        return [
-            Progress(job.category, job.config.training.iterations, **facts.get(job.category, {})) for job in jobs
-        ]
+        return [Progress(job.category, job.config.training.iterations, **facts.get(job.category, {})) for job in jobs]
 
     with ThreadPoolExecutor(max_concurrent) as pool:
         futures = [pool.submit(_train_one, job, board) for job in jobs]
@@ -258,4 +256,3 @@ def train_categories(jobs: list[CategoryJob], *, max_concurrent: int) -> Iterato
         for progress in snapshot()
     ]
     ray.kill(board)
-

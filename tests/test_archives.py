@@ -265,9 +265,7 @@ def test_reads_from_object_storage_as_from_disk(tmp_path: Path) -> None:
         storage.put(str(path), f"/bucket/category=pill/{path.name}", recursive=True)
     try:
         archives = find_archives(["memory://bucket"], category=None)
-        assert [(a.kind, a.category) for a in archives] == [
-            (k, "pill") for k in ("folder", "tar", "tar", "zip")
-        ]
+        assert [(a.kind, a.category) for a in archives] == [(k, "pill") for k in ("folder", "tar", "tar", "zip")]
         contents = [[data for _, data in images(list_members(archive))] for archive in archives]
         assert contents == [[data for _, data in some_images(5)]] * 4
     finally:
@@ -356,9 +354,7 @@ def test_zip_links_encryption_and_rare_compression_are_failures(tmp_path: Path) 
 
 
 @every_kind
-def test_too_large_members_are_not_read(
-    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_large_members_are_not_read(tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive_members, "MAX_MEMBER_BYTES", len(png(0)) + 100)
     files = [("0.png", png(0)), ("1.png", png(1, side=200)), ("2.png", png(2))]
     members = members_of(write(tmp_path, files))
@@ -395,9 +391,7 @@ def test_an_archive_without_members_gives_no_shard(tmp_path: Path) -> None:
 
 @every_file_kind
 @pytest.mark.parametrize("content", [b"", b"x", b"this is no archive\n" * 1000, bytes(100), b"\x1f\x8b\x08"])
-def test_unreadable_archive_is_one_shard_with_one_failure(
-    tmp_path: Path, write: Write, content: bytes
-) -> None:
+def test_unreadable_archive_is_one_shard_with_one_failure(tmp_path: Path, write: Write, content: bytes) -> None:
     path = write(tmp_path, [])
     path.write_bytes(content)
     (shard,) = read_shards(found(path))
@@ -476,9 +470,7 @@ def test_a_damaged_zip_member_does_not_harm_the_others(tmp_path: Path) -> None:
     assert images(members) == [some_images(3)[0], some_images(3)[2]]
 
 
-@pytest.mark.parametrize(
-    "kind", [tarfile.REGTYPE, tarfile.GNUTYPE_SPARSE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME]
-)
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.GNUTYPE_SPARSE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
 @pytest.mark.parametrize("size", [-512, -1, 2**31, 2**62, 2**80])
 def test_tar_header_that_lies_about_its_size(tmp_path: Path, kind: bytes, size: int) -> None:
     block = bytearray(tar_bytes([("a.png", png(0))], tar_format=tarfile.GNU_FORMAT))
@@ -504,9 +496,9 @@ def test_any_bytes_end_in_members_and_failures(tmp_path: Path, write: Write) -> 
     for _ in range(150):
         data = bytearray(whole)
         for _ in range(chance.randint(1, 5)):
-            data[
-                chance.choice([chance.randrange(len(data)), chance.randrange(512), -chance.randint(1, 300)])
-            ] = chance.randrange(256)
+            data[chance.choice([chance.randrange(len(data)), chance.randrange(512), -chance.randint(1, 300)])] = (
+                chance.randrange(256)
+            )
         path.write_bytes(data)
         members = members_of(path)
         assert all((member.data is None) != (member.failure is None) for member in members)

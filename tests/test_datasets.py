@@ -224,9 +224,7 @@ def test_what_is_no_image_is_ignored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "bmp", "tif", "tiff", "webp", "PNG", "JpEg"])
 def test_image_suffixes(tmp_path: Path, suffix: str) -> None:
-    root = grow(
-        tmp_path, [f"a/train/good/0.{suffix}", f"a/test/x/1.{suffix}", f"a/ground_truth/x/1_mask.{suffix}"]
-    )
+    root = grow(tmp_path, [f"a/train/good/0.{suffix}", f"a/test/x/1.{suffix}", f"a/ground_truth/x/1_mask.{suffix}"])
     assert len(training_records(root, "mvtec", "a")) == 1
     assert labelled_records(root, "mvtec", "a")[0].mask is not None
 

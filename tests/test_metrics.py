@@ -89,9 +89,7 @@ def test_hand_computed_example():
     masks = np.array([[[1, 0, 0, 1], [1, 0, 0, 0]]])
     metrics = measured(maps, masks)
     values = metrics.compute()
-    assert values["pixel_auroc"] == pytest.approx(
-        (5 + 4 + 4) / 15
-    )  # normal pixels that each defect pixel beats
+    assert values["pixel_auroc"] == pytest.approx((5 + 4 + 4) / 15)  # normal pixels that each defect pixel beats
     assert values["pixel_ap"] == pytest.approx((1 / 1 + 2 / 3 + 3 / 4) / 3)
     # Mean coverage is 1/4 until FPR 0.2 (the 0.8), there it rises to 1.
     assert values["pro_0.30"] == pytest.approx((0.2 * 0.25 + 0.1 * 1.0) / 0.3)
@@ -104,12 +102,8 @@ def test_hand_computed_example():
 
 @settings(max_examples=100, deadline=None)
 @given(batch=batches(), limit=st.integers(1, 100).map(lambda percent: percent / 100))
-@example(
-    batch=(np.zeros((2, 3, 3), np.float16), np.eye(3, dtype=bool)[None].repeat(2, 0)), limit=0.3
-)  # constant
-@example(
-    batch=(-np.arange(18, dtype=np.float16).reshape(2, 3, 3), np.arange(18).reshape(2, 3, 3) == 4), limit=1.0
-)
+@example(batch=(np.zeros((2, 3, 3), np.float16), np.eye(3, dtype=bool)[None].repeat(2, 0)), limit=0.3)  # constant
+@example(batch=(-np.arange(18, dtype=np.float16).reshape(2, 3, 3), np.arange(18).reshape(2, 3, 3) == 4), limit=1.0)
 def test_pixel_metrics_equal_the_references(batch, limit):
     maps, masks = batch
     assume(masks.any() and not masks.all())
@@ -122,11 +116,7 @@ def test_pixel_metrics_equal_the_references(batch, limit):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from([-1.5, 0.0, 0.1, 0.1 + 1e-12, 7.0]), st.booleans()), min_size=2, max_size=20
-    )
-)
+@given(st.lists(st.tuples(st.sampled_from([-1.5, 0.0, 0.1, 0.1 + 1e-12, 7.0]), st.booleans()), min_size=2, max_size=20))
 def test_image_metrics_equal_the_reference_at_float64(rows):
     scores, anomalous = (np.array(column) for column in zip(*rows, strict=True))
     assume(anomalous.any() and not anomalous.all())
@@ -165,9 +155,7 @@ def test_a_batch_of_many_chunks_equals_its_images_one_by_one():
         single.update(maps[image : image + 1], masks[image : image + 1])
     values = measured(maps, masks).compute()
     assert_same(single.compute(), values, 1e-12)
-    assert values["pixel_auroc"] == pytest.approx(
-        roc_auc_score(masks.ravel(), maps.astype(float).ravel()), abs=1e-9
-    )
+    assert values["pixel_auroc"] == pytest.approx(roc_auc_score(masks.ravel(), maps.astype(float).ravel()), abs=1e-9)
 
 
 def test_images_of_different_sizes_share_one_result():

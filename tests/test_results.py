@@ -61,9 +61,7 @@ def score_row(number: int, **changes: Any) -> ScoreRow:
 
 
 def failure_row(number: int) -> FailureRow:
-    return FailureRow(
-        f"f{number}", "s3://line/night.tar", f"bad/{number}.png", "decode", "truncated", "ended early"
-    )
+    return FailureRow(f"f{number}", "s3://line/night.tar", f"bad/{number}.png", "decode", "truncated", "ended early")
 
 
 def some_maps(count: int, height: int = 6, width: int = 9) -> np.ndarray:
@@ -119,10 +117,7 @@ def test_scores_and_failures_come_back_as_written(results: Location) -> None:
     assert SCORES_SCHEMA.names == [field.name for field in dataclasses.fields(ScoreRow)]
     columns = table.to_pylist()
     assert {(row.pop("category"), row.pop("night")) for row in columns} == {("widget", NIGHT)}
-    back = [
-        ScoreRow(**(row | {"regions": tuple(Region(**region) for region in row["regions"])}))
-        for row in columns
-    ]
+    back = [ScoreRow(**(row | {"regions": tuple(Region(**region) for region in row["regions"])})) for row in columns]
     assert back == rows
     failures = read_failures(results).drop_columns(["category", "night"]).to_pylist()
     assert [FailureRow(**row) for row in failures] == [failure_row(1), failure_row(2)]
@@ -136,9 +131,7 @@ def test_times_are_stored_in_utc_and_must_have_a_zone(results: Location) -> None
         write(results, scores=[score_row(1, scored_at=SCORED_AT.replace(tzinfo=None))], maps_nhw=None)
 
 
-def test_files_lie_where_the_contract_says_without_partition_columns(
-    tmp_path: Path, results: Location
-) -> None:
+def test_files_lie_where_the_contract_says_without_partition_columns(tmp_path: Path, results: Location) -> None:
     write(results)
     write_run(results, "2025-03-09-widget", {"images": 4, "scored": 3, "failed": 1})
     partition = f"category=widget/night={NIGHT}/night.tar-00000.parquet"
@@ -178,9 +171,7 @@ def test_uint8_maps_keep_their_range_to_half_a_step(results: Location) -> None:
     maps = some_maps(5, 32, 32) * np.array([1e-3, 1, 10, 1e3, 0], np.float32)[:, None, None]
     maps[1] -= 7
     write(results, scores=[score_row(i) for i in range(5)], maps_nhw=maps, map_format="uint8")
-    stored = pq.read_table(
-        table_file(results, "maps", "widget", NIGHT, "night.tar-00000").uri, partitioning=None
-    )
+    stored = pq.read_table(table_file(results, "maps", "widget", NIGHT, "night.tar-00000").uri, partitioning=None)
     assert stored.schema.equals(maps_schema("uint8"))
     _, back = read_maps(results)
     step = (maps.max(axis=(1, 2)) - maps.min(axis=(1, 2))) / 255
@@ -271,9 +262,7 @@ def test_a_retry_leaves_nothing_of_an_earlier_try(tmp_path: Path, results: Locat
     write(results, **better)
     write(Location.parse(tmp_path / "only"), **better)
     assert relative_files(tmp_path / "results") == relative_files(tmp_path / "only")
-    assert list(relative_files(tmp_path / "only")) == [
-        f"scores/category=widget/night={NIGHT}/night.tar-00000.parquet"
-    ]
+    assert list(relative_files(tmp_path / "only")) == [f"scores/category=widget/night={NIGHT}/night.tar-00000.parquet"]
 
 
 def test_a_finished_shard_written_anew_is_unfinished_meanwhile(
@@ -338,9 +327,7 @@ def test_odd_names_on_a_local_disk(tmp_path: Path, results: Location) -> None:
     scores = tmp_path / "results" / "scores"
     depths = {len(name.split("/")) for name in relative_files(scores)}
     assert depths == {3}
-    partitioning = ds.partitioning(
-        pa.schema([("category", pa.string()), ("night", pa.string())]), flavor="hive"
-    )
+    partitioning = ds.partitioning(pa.schema([("category", pa.string()), ("night", pa.string())]), flavor="hive")
     arrow = ds.dataset(scores, format="parquet", partitioning=partitioning).to_table()
     assert sorted(arrow["category"].to_pylist()) == sorted(ODD_NAMES)
     categories = sql(
@@ -375,9 +362,7 @@ def test_a_damaged_file_is_named_with_the_remedy(results: Location, table: str, 
     data = file.read_bytes()
     changed = data[:8] + bytes(255 - byte for byte in data[8:200]) + data[200:]
     file.write_bytes({"cut": data[: len(data) // 2], "changed": changed, "empty": b""}[damage])
-    with pytest.raises(
-        UserError, match=r"night\.tar-00000\.parquet is not a readable results file .* run the"
-    ):
+    with pytest.raises(UserError, match=r"night\.tar-00000\.parquet is not a readable results file .* run the"):
         read_scores(results) if table == "scores" else read_maps(results)
 
 
@@ -406,9 +391,7 @@ def test_duckdb_answers_over_the_folders(results: Location) -> None:
             FROM (SELECT unnest(regions) AS r FROM {scores} WHERE category = 'bolt')"""
     ) == [(6, 4 * 5 + 2 * 6, 0.5)]
     assert sql(f"SELECT DISTINCT epoch_ms(scored_at) FROM {scores}") == [(int(SCORED_AT.timestamp() * 1e3),)]
-    peaks = sql(
-        f"SELECT image_id, list_max(map), len(map), height, width FROM {maps} WHERE category = 'bolt'"
-    )
+    peaks = sql(f"SELECT image_id, list_max(map), len(map), height, width FROM {maps} WHERE category = 'bolt'")
     expected = some_maps(6).astype(np.float16).max(axis=(1, 2)).astype(float)
     assert sorted(peaks) == [(score_row(i).image_id, expected[i], 54, 6, 9) for i in range(6)]
     assert sql(f"SELECT category, error FROM {failures} ORDER BY category") == [

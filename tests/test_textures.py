@@ -75,10 +75,7 @@ def test_a_mask_holds_no_ground_without_a_change_nearby(kind: str) -> None:
 def test_sizes_follow_the_image() -> None:
     def median_areas(side: int) -> dict[str, float]:
         rng, image = np.random.default_rng(4), photograph("brick")[:side, :side]
-        return {
-            kind: float(np.median([implant(image, kind, rng)[1].mean() for _ in range(7)]))
-            for kind in DEFECTS
-        }
+        return {kind: float(np.median([implant(image, kind, rng)[1].mean() for _ in range(7)])) for kind in DEFECTS}
 
     small, large = median_areas(64), median_areas(160)
     for kind in DEFECTS:
@@ -114,9 +111,7 @@ def test_a_foreign_texture_of_another_size_is_pasted() -> None:
     rng = np.random.default_rng(8)
     for shape in [(10, 200, 3), (300, 40, 3), (64, 64, 3)]:
         foreign = np.full(shape, 250, np.uint8)
-        result, mask = implant(
-            np.full((64, 64, 3), 100, np.uint8), "foreign_patch", rng, foreign_hwc_u8=foreign
-        )
+        result, mask = implant(np.full((64, 64, 3), 100, np.uint8), "foreign_patch", rng, foreign_hwc_u8=foreign)
         assert result[mask].max() == 250
 
 
@@ -165,9 +160,7 @@ def test_the_data_set_is_complete_and_its_crops_come_from_their_strips(tmp_path:
     def is_cut_from(crop: np.ndarray, strip: np.ndarray) -> bool:
         windows = np.lib.stride_tricks.sliding_window_view(strip[..., 0], (64, 64))
         tops, lefts = np.nonzero(windows[:, :, 0, 0] == crop[0, 0, 0])
-        return any(
-            np.array_equal(windows[top, left], crop[..., 0]) for top, left in zip(tops, lefts, strict=True)
-        )
+        return any(np.array_equal(windows[top, left], crop[..., 0]) for top, left in zip(tops, lefts, strict=True))
 
     train, test = strips(photograph("brick"), 64)
     for i in range(5):

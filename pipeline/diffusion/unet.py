@@ -48,9 +48,7 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, embedding: int, out_channels: int, resample: float = 1) -> None:
         super().__init__()
         self.resample = resample
-        self.in_layers = nn.Sequential(
-            group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, 2 * out_channels))
         self.out_layers = nn.Sequential(
             group_norm(out_channels),
@@ -97,7 +95,7 @@ class AttentionBlock(nn.Module):
         return x + h.reshape(n, c, height, width)
 
 
-class Stage(nn.Sequential):
+class Stage(nn.ModuleList):
     """A sequence in which residual blocks also receive the time embedding."""
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -157,22 +155,24 @@ class UNet(nn.Module):
             return layers
 
         channels, rate = channel_mult[0] * model_channels, 1
-        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Stage([nn.Conv2d(in_channels, channels, 3, padding=1)])])
         skips = [channels]
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
-                self.input_blocks.append(Stage(*stage(channels, mult * model_channels, rate)))
+                self.input_blocks.append(Stage(stage(channels, mult * model_channels, rate)))
                 channels = mult * model_channels
                 skips.append(channels)
             if level + 1 < len(channel_mult):
-                self.input_blocks.append(Stage(ResBlock(channels, embedding, channels, resample=0.5)))
+                self.input_blocks.append(Stage([ResBlock(channels, embedding, channels, resample=0.5)]))
                 skips.append(channels)
                 rate *= 2
 
         self.middle_block = Stage(
-            ResBlock(channels, embedding, channels),
-            AttentionBlock(channels, num_head_channels),
-            ResBlock(channels, embedding, channels),
+            [
+                ResBlock(channels, embedding, channels),
+                AttentionBlock(channels, num_head_channels),
+                ResBlock(channels, embedding, channels),
+            ]
         )
 
         self.output_blocks = nn.ModuleList()
@@ -189,7 +189,7 @@ class UNet(nn.Module):
                 if level > 0 and i == num_res_blocks:
                     layers.append(ResBlock(channels, embedding, channels, resample=2))
                     rate //= 2
-                self.output_blocks.append(Stage(*layers))
+                self.output_blocks.append(Stage(layers))
         assert feature_channels is None or self.feature_head is not None, f"no decoder level at rate {feature_rate}"
 
         self.out = nn.Sequential(
@@ -250,7 +250,10 @@ class UNet(nn.Module):
         weights = {k: v for k, v in state_dict.items() if self.label_emb is not None or k != "label_emb.weight"}
         own = self.state_dict()
         expected = {k for k in own if not k.startswith("feature_head.")}
-        for problem, keys in (("lacks", expected - weights.keys()), ("has an unexpected", weights.keys() - expected)):
+        for problem, keys in (
+            ("lacks", expected - weights.keys()),
+            ("has an unexpected", weights.keys() - expected),
+        ):
             if keys:
                 raise ValueError(f"the checkpoint {problem} tensor {min(keys)} (and {len(keys) - 1} more)")
         for key in sorted(expected):

@@ -1,0 +1,105 @@
+"""Small shared things: tiny settings, made photographs, and one model fitted to them for the whole session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import Config, FeatureConfig, NetworkConfig, ScoringConfig, TrainingConfig
+from pipeline.features import FeatureExtractor
+from pipeline.fit import Fit
+from pipeline.scoring import Scorer
+
+# Tests are small and may run beside each other: a second thread costs more than it brings.
+torch.set_num_threads(1)
+
+TINY = Config(
+    preset="tiny",
+    network=NetworkConfig(
+        image_size=16,
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        num_head_channels=32,
+    ),
+    features=FeatureConfig(stages=(0, 1), grid=8),
+    training=TrainingConfig(
+        iterations=24, batch_size=4, learning_rate=2e-3, ema_decay=0.8, max_timestep=450, precision="float32"
+    ),
+    scoring=ScoringConfig(map_size=32, batch_size=4, top_pixels=8, kl_sigma=1.0, map_sigma=1.0, whiten=True),
+)
+
+
+def make_photographs(count: int, seed: int, side: int = 32) -> np.ndarray:
+    """Striped cloth under uneven light, uint8 (count, side, side, 3): alike, but no two the same."""
+    rng = np.random.default_rng(seed)
+    x, y = np.meshgrid(np.arange(side), np.arange(side))
+    images = np.empty((count, side, side, 3), np.uint8)
+    for image in images:
+        stripes = 40 * np.sin(2 * np.pi * (x + rng.uniform(0, 8)) / 8)
+        light = rng.uniform(-20, 20) * (y / side - 0.5)
+        grey = 120 + stripes + light + rng.normal(0, 6, (side, side))
+        image[:] = np.clip(grey[..., None] + [20, 0, -20], 0, 255)
+    return images
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Config:
+    """Settings of a model that fits in a second: float32, 16 px network, 32 px maps, batches of 4."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def variant() -> Callable[..., Config]:
+    """variant(scoring={"alpha": 1.0}, ...): the tiny settings with some of them changed, validated."""
+
+    def build(**sections: dict[str, object]) -> Config:
+        values = TINY.model_dump()
+        for section, changes in sections.items():
+            values[section] |= changes
+        return Config.model_validate(values)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def photographs() -> np.ndarray:
+    """Normal photographs to train on: uint8 (16, 32, 32, 3)."""
+    return make_photographs(16, seed=1)
+
+
+@pytest.fixture(scope="session")
+def held_out() -> np.ndarray:
+    """Normal photographs of the same kind to calibrate on: uint8 (10, 32, 32, 3); not whole batches."""
+    return make_photographs(10, seed=2)
+
+
+@pytest.fixture(scope="session")
+def fresh() -> np.ndarray:
+    """Normal photographs that no model has seen: uint8 (6, 32, 32, 3)."""
+    return make_photographs(6, seed=3)
+
+
+@pytest.fixture(scope="session")
+def extractor() -> FeatureExtractor:
+    """The first two stages of EfficientNet-Lite0 (16 + 24 channels) on an 8 x 8 grid."""
+    return FeatureExtractor(TINY.features.extractor, stages=TINY.features.stages, grid=TINY.features.grid)
+
+
+@pytest.fixture(scope="session")
+def fitted(photographs: np.ndarray, extractor: FeatureExtractor) -> Fit:
+    """A finished fit of the tiny settings. Shared: do not advance it."""
+    fit = Fit(TINY, photographs, extractor)
+    while not fit.finished:
+        fit.advance()
+    return fit
+
+
+@pytest.fixture(scope="session")
+def scorer(fitted: Fit, held_out: np.ndarray) -> Scorer:
+    """The fitted model, calibrated. Shared: do not calibrate it again."""
+    return fitted.calibrated(held_out)
