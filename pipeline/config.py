@@ -106,6 +106,9 @@ class ScoringConfig(Section):
     """KL and feature maps are centred and scaled by held-out normal images, or (published code) KL by each image itself."""
     kl_sigma: float = Field(0.0, ge=0)
     """Gaussian smoothing of the KL map before calibration, in map pixels."""
+    kl_place_sigma: float = Field(0.0, ge=0)
+    """The KL map's calibration statistics belong to a place and its neighbours, weighted by a Gaussian this wide, in map
+    pixels; 0 takes the same statistics everywhere, as the feature map does."""
     whiten: bool = False
     """Measure feature residuals by their Mahalanobis distance under held-out normal residuals instead of plain squares."""
     map_sigma: float = Field(0.0, ge=0)

@@ -64,17 +64,17 @@ class RawMaps(NamedTuple):
 class Calibration:
     """Statistics of held-out normal images; one entry per noise scale unless said otherwise.
 
-    Tensors are float32. Means and standard deviations refer to map pixels.
+    Tensors are float32. Means and standard deviations refer to map pixels and are kept per cell of the feature grid.
     """
 
     kl_mean: Tensor
-    """(T,) of the smoothed KL map, bits."""
+    """(T, G, G) of the smoothed KL map, bits."""
     kl_std: Tensor
-    """(T,)."""
+    """(T, G, G)."""
     feature_mean: Tensor
-    """(T,) of the feature map."""
+    """(T, G, G) of the feature map."""
     feature_std: Tensor
-    """(T,)."""
+    """(T, G, G)."""
     residual_mean: Tensor
     """(T, C)."""
     whitening: Tensor
@@ -247,8 +247,9 @@ class Scorer:
             # The released code: KL scaled by its own image, features left raw.
             kl = (kl - kl.mean((2, 3), keepdim=True)) / kl.std((2, 3), keepdim=True)
         else:
-            kl = (kl - calibration.kl_mean[:, None, None]) / calibration.kl_std[:, None, None]
-            feature = (feature - calibration.feature_mean[:, None, None]) / calibration.feature_std[:, None, None]
+            kl = (kl - self._upsample(calibration.kl_mean[None])) / self._upsample(calibration.kl_std[None])
+            feature_mean, feature_std = calibration.feature_mean[None], calibration.feature_std[None]
+            feature = (feature - self._upsample(feature_mean)) / self._upsample(feature_std)
         kl, feature = (gaussian_blur(part.mean(1), scoring.map_sigma) for part in (kl, feature))
         return Maps(scoring.alpha * kl + (1 - scoring.alpha) * feature, kl, feature)
 
@@ -275,11 +276,11 @@ class Scorer:
         batch = self.config.scoring.batch_size
         chunks = [images_nhwc[start : start + batch] for start in range(0, len(images_nhwc), batch)]
         residual_mean, whitening = self._residual_statistics(chunks)
-        steps = len(self.config.scoring.timesteps)
-        zero, one = torch.zeros(steps, device=self.device), torch.ones(steps, device=self.device)
+        steps, grid = len(self.config.scoring.timesteps), self.config.features.grid
+        zero, one = (torch.full((steps, grid, grid), value, device=self.device) for value in (0.0, 1.0))
         empty = torch.zeros(0, device=self.device)
         plain = Calibration(zero, one, zero, one, residual_mean, whitening, empty, 0.0, 0.0)
-        kl_sums = torch.zeros(2, steps, dtype=torch.float64, device=self.device)
+        kl_sums = torch.zeros(2, steps, grid, grid, dtype=torch.float64, device=self.device)
         feature_sums = torch.zeros_like(kl_sums)
         for chunk in chunks:
             raw = self.raw_maps(chunk)
@@ -287,9 +288,11 @@ class Scorer:
                 (kl_sums, self.smoothed_kl(raw.kl)),
                 (feature_sums, self.feature_maps(raw.residuals, plain)),
             ):
-                sums += torch.stack([maps.double().sum((0, 2, 3)), maps.double().square().sum((0, 2, 3))])
-        pixels = len(images_nhwc) * self.config.scoring.map_size**2
-        (kl_mean, kl_std), (feature_mean, feature_std) = (moments(sums, pixels) for sums in (kl_sums, feature_sums))
+                squares = torch.stack([maps.double(), maps.double().square()])
+                sums += F.adaptive_avg_pool2d(squares.flatten(0, 2), grid).view(2, -1, steps, grid, grid).sum(1)
+        place_sigma = self.config.scoring.kl_place_sigma
+        kl_mean, kl_std = self._place_statistics(kl_sums / len(images_nhwc), place_sigma)
+        feature_mean, feature_std = self._place_statistics(feature_sums / len(images_nhwc), 0)
         scaled = Calibration(kl_mean, kl_std, feature_mean, feature_std, residual_mean, whitening, empty, 0.0, 0.0)
         self.calibration = scaled
         result = self.score(images_nhwc)
@@ -306,6 +309,16 @@ class Scorer:
             prediction_bound(result.maps.reshape(len(images_nhwc), -1).max(1).astype(np.float64), rate),
         )
         return self.calibration
+
+    def _place_statistics(self, sums: Tensor, place_sigma: float) -> tuple[Tensor, Tensor]:
+        """Mean values and mean squares (2, T, G, G) -> mean and deviation (T, G, G), pooled over neighbouring places."""
+        if place_sigma == 0:
+            pooled = sums.mean((2, 3), keepdim=True).expand_as(sums)
+        else:
+            sigma = place_sigma * sums.shape[-1] / self.config.scoring.map_size
+            pooled = gaussian_blur(sums.flatten(0, 1), sigma).view_as(sums)
+        mean, square = pooled
+        return mean.float(), (square - mean**2).clamp(min=1e-24).sqrt().float()
 
     def _residual_statistics(self, chunks: Iterable[np.ndarray]) -> tuple[Tensor, Tensor]:
         """Mean (T, C) and inverse Cholesky factor (T, C, C) of the residuals over all images and cells."""
@@ -328,9 +341,3 @@ class Scorer:
         factor = torch.linalg.cholesky(covariance + ridge[:, None, None] * eye)
         inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
         return mean.float(), inverse.float()
-
-
-def moments(sums: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Sums of values and of squares (2, T) float64 over `count` values -> mean and standard deviation, float32 (T,)."""
-    mean = sums[0] / count
-    return mean.float(), (sums[1] / count - mean**2).clamp(min=1e-24).sqrt().float()

@@ -136,6 +136,7 @@ def _fit_category(job: CategoryJob, board: Any, context: Any, leader: bool) -> N
     rank = Rank(context.get_world_rank(), context.get_world_size())
     fit = Fit(config, images[training], extractor, device=ray.train.torch.get_device(), rank=rank)
     _resume(fit, fingerprint)
+    resumed_at = fit.step
     if rank.count > 1:
         fit.module = torch.nn.parallel.DistributedDataParallel(fit.denoiser.unet, broadcast_buffers=False)
 
@@ -164,6 +165,7 @@ def _fit_category(job: CategoryJob, board: Any, context: Any, leader: bool) -> N
             "data_fingerprint": fingerprint,
             "training_images": len(training),
             "held_out_images": len(held_out),
+            "resumed_at_step": resumed_at,
             "seconds": round(time.time() - started, 1),
             "losses": means,
             "packages": package_versions(),

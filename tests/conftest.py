@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from pipeline.config import Config, FeatureConfig, NetworkConfig, ScoringConfig, TrainingConfig
+from pipeline.diffusion.loss import Losses
 from pipeline.features import FeatureExtractor
 from pipeline.fit import Fit
 from pipeline.scoring import Scorer
+
+pytest_plugins = ["tests.s3_server"]
 
 # Tests are small and may run beside each other: a second thread costs more than it brings.
 torch.set_num_threads(1)
@@ -91,12 +94,18 @@ def extractor() -> FeatureExtractor:
 
 
 @pytest.fixture(scope="session")
-def fitted(photographs: np.ndarray, extractor: FeatureExtractor) -> Fit:
-    """A finished fit of the tiny settings. Shared: do not advance it."""
-    fit = Fit(TINY, photographs, extractor)
+def training_run(photographs: np.ndarray, extractor: FeatureExtractor) -> tuple[Fit, list[Losses]]:
+    """A finished fit of the tiny settings and the losses of its steps. Shared: do not advance it."""
+    fit, history = Fit(TINY, photographs, extractor), []
     while not fit.finished:
-        fit.advance()
-    return fit
+        history.append(fit.advance())
+    return fit, history
+
+
+@pytest.fixture(scope="session")
+def fitted(training_run: tuple[Fit, list[Losses]]) -> Fit:
+    """The fit of `training_run`."""
+    return training_run[0]
 
 
 @pytest.fixture(scope="session")

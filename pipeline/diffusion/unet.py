@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.diffusion.group_norm import GroupNorm
+
 
 class UNetOutput(NamedTuple):
     """prediction (N, 6, H, W): noise and raw variance fraction; features (N, C, G, G), or None without a feature head."""
@@ -30,9 +32,9 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> GroupNorm:
     """32 groups, as published."""
-    return nn.GroupNorm(32, channels)
+    return GroupNorm(32, channels)
 
 
 def zeroed(module: nn.Conv2d | nn.Conv1d) -> nn.Module:

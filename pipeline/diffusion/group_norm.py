@@ -1,0 +1,67 @@
+"""Group normalisation whose backward pass on a CPU runs at memory speed.
+
+PyTorch's own CPU kernel for the gradient of channels-last tensors took 53 ms for (4, 32, 128, 128) bfloat16 where this
+takes 4 ms (2 Zen 4 cores, torch 2.15), which was 30 % of a training step. Forward pass and parameters are PyTorch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch.nn.GroupNorm with affine parameters; only the gradient on CPUs is computed differently."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        fast = x.device.type == "cpu" and x.ndim == 4 and torch.is_grad_enabled() and x.requires_grad
+        if not fast:
+            return super().forward(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return _CpuGroupNorm.apply(x, weight, bias, self.num_groups, self.eps)
+
+
+class _CpuGroupNorm(torch.autograd.Function):
+    """y = xhat w + b with xhat = (x - mean) / std per group; the gradient from two sums per channel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        n, c, height, width = x.shape
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, n, c, height * width, groups, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.groups = groups
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        (grad,) = grads
+        n, c, height, width = x.shape
+        groups, pixels = ctx.groups, height * width
+        # Views without a copy where the tensors are channels-last.
+        x_rows = x.permute(0, 2, 3, 1).reshape(n, pixels, c)
+        grad_rows = grad.permute(0, 2, 3, 1).reshape(n, pixels, c)
+        # A product with ones sums in float32 at matrix speed; a plain sum over a middle axis does not.
+        ones = torch.ones(n, 1, pixels, dtype=x.dtype)
+        sum_grad = torch.bmm(ones, grad_rows).float().view(n, groups, -1)
+        sum_grad_x = torch.bmm(ones, grad_rows * x_rows).float().view(n, groups, -1)
+        mean, rstd = mean.float().view(n, groups, 1), rstd.float().view(n, groups, 1)
+        w = weight.float().view(1, groups, -1)
+        sum_grad_xhat = (sum_grad_x - mean * sum_grad) * rstd
+        # dL/dx = rstd (w grad - mean_group(w grad) - xhat mean_group(w grad xhat)), as grad * a + x * b + constant.
+        count = pixels * c // groups
+        mean_grad = (w * sum_grad).sum(-1, keepdim=True) / count
+        mean_grad_xhat = (w * sum_grad_xhat).sum(-1, keepdim=True) / count
+        b = -rstd * rstd * mean_grad_xhat
+        constant = -rstd * mean_grad - mean * b
+
+        def per_channel(values: Tensor) -> Tensor:
+            return values.expand(n, groups, c // groups).reshape(n, 1, c).to(grad.dtype)
+
+        rows = (grad_rows * per_channel(w * rstd)).addcmul_(x_rows, per_channel(b)).add_(per_channel(constant))
+        grad_x = rows.view(n, height, width, c).permute(0, 3, 1, 2)
+        grad_weight = sum_grad_xhat.reshape(n, c).sum(0).to(weight.dtype)
+        return grad_x, grad_weight, sum_grad.reshape(n, c).sum(0).to(weight.dtype), None, None

@@ -1,0 +1,119 @@
+"""The frozen extractors load without a network, know a cat when they see one, and keep their contract."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import skimage.data
+import skimage.transform
+import timm
+import torch
+
+from pipeline.errors import UserError
+from pipeline.features import OFFLINE_WEIGHTS, FeatureExtractor, load_backbone, offline_weights, resize_features
+
+LITE0 = "tf_efficientnet_lite0"
+EGYPTIAN_CAT = 285  # ImageNet's class index
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_):
+        raise OSError("this test allows no network connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # spares its half minute of retries
+
+
+def cat():
+    """The cat of scikit-image, (1, 3, 224, 224) in [-1, 1]."""
+    square = skimage.data.chelsea()[:, 75:375]
+    pixels = skimage.transform.resize(square, (224, 224), anti_aliasing=True)
+    return torch.from_numpy(pixels).float().permute(2, 0, 1)[None] * 2 - 1
+
+
+def whole_network(name):
+    network = timm.create_model(name, pretrained=False)
+    network.load_state_dict(offline_weights(name))
+    return network.eval()
+
+
+@pytest.mark.parametrize("name", sorted(OFFLINE_WEIGHTS))
+def test_packaged_weights_recognise_a_cat(no_network, name):
+    with torch.no_grad():
+        assert whole_network(name)(cat()).argmax().item() == EGYPTIAN_CAT
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [(LITE0, 16 + 24 + 40 + 112), ("tf_efficientnet_lite1", 192), ("tf_efficientnet_lite2", 16 + 24 + 48 + 120)],
+)
+def test_packaged_extractors_load_without_a_network(no_network, name, channels):
+    extractor = FeatureExtractor(name, stages=(0, 1, 2, 3), grid=16)
+    assert extractor.channels == channels
+    found = extractor(torch.zeros(2, 3, 64, 64))
+    assert found.shape == (2, channels, 16, 16)
+    assert found.dtype == torch.float32
+    assert found.std() > 0
+
+
+def test_features_are_the_stages_of_the_whole_network():
+    extractor = FeatureExtractor(LITE0, stages=(1, 3), grid=14)
+    assert extractor.channels == 24 + 112
+    with torch.no_grad():
+        found = extractor(cat())
+        stages = whole_network(LITE0).forward_intermediates(cat(), indices=[1, 3], intermediates_only=True)
+    assert [tuple(stage.shape[1:]) for stage in stages] == [(24, 56, 56), (112, 14, 14)]
+    torch.testing.assert_close(found[:, :24], stages[0].reshape(1, 24, 14, 4, 14, 4).mean((3, 5)))
+    torch.testing.assert_close(found[:, 24:], stages[1])
+
+
+def test_lite_extractors_take_the_diffusion_range_as_it_is():
+    extractor = FeatureExtractor(LITE0, stages=(0,), grid=112)
+    with torch.no_grad():
+        torch.testing.assert_close(extractor(cat()), extractor.backbone(cat())[0])
+
+
+def test_other_normalisations_are_converted():
+    extractor = FeatureExtractor(LITE0, stages=(0,), grid=112)
+    expected = extractor(cat())
+    extractor.mean, extractor.std = torch.full((1, 3, 1, 1), 0.25), torch.full((1, 3, 1, 1), 0.125)
+    # What this extractor must be shown so that its backbone sees the cat: pixel = 0.25 + 0.125 cat, in [0, 1].
+    shown = 2 * (0.25 + 0.125 * cat()) - 1
+    torch.testing.assert_close(extractor(shown), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_extractor_is_frozen_but_lets_gradients_reach_the_image():
+    extractor = FeatureExtractor(LITE0, stages=(0, 1), grid=8)
+    before = {k: v.clone() for k, v in extractor.state_dict().items()}
+    assert extractor.train() is extractor
+    assert not any(module.training for module in extractor.modules())
+    x = cat()[..., :32, :32].clone().requires_grad_()
+    extractor(x).square().mean().backward()
+    assert x.grad.abs().max() > 0
+    assert not any(p.requires_grad or p.grad is not None for p in extractor.parameters())
+    for key, value in extractor.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_unknown_extractor_is_refused_in_one_line():
+    with pytest.raises(UserError, match="no model 'efficientnet_b99'.*tf_efficientnet_lite0") as caught:
+        FeatureExtractor("efficientnet_b99", stages=(0,), grid=8)
+    assert "\n" not in str(caught.value)
+
+
+def test_extractor_whose_weights_are_out_of_reach_names_the_offline_ones(no_network, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="no weights for resnet18.*offline use one of tf_efficientnet_lite0") as caught:
+        load_backbone("resnet18", (0, 1))
+    assert "\n" not in str(caught.value)
+
+
+def test_resizing_averages_whole_cells_and_interpolates_otherwise():
+    ramp = torch.arange(12.0).repeat(1, 2, 12, 1)
+    assert resize_features(ramp, 12) is ramp
+    torch.testing.assert_close(resize_features(ramp, 4)[0, 0, 0], torch.tensor([1.0, 4.0, 7.0, 10.0]))
+    torch.testing.assert_close(resize_features(ramp, 8)[0, 1, 3], torch.arange(8) * 1.5 + 0.25)
+    # Bilinear interpolation keeps a ramp a ramp, except in the outermost half cell.
+    torch.testing.assert_close(resize_features(ramp, 24)[0, 0, 0, 1:-1], (torch.arange(1, 23) + 0.5) / 2 - 0.5)

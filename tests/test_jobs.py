@@ -1,0 +1,294 @@
+"""The command lines as users run them: real Ray, real training of tiny models, real files and a real S3 endpoint."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.dataset as ds
+import pytest
+from PIL import Image
+
+from pipeline.model_store import model_info
+from pipeline.storage import Location
+from pipeline.textures import write_dataset
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "--set",
+    "training.iterations=4",
+    "training.batch_size=4",
+    "network.image_size=32",
+    "network.channel_mult=[1,2]",
+    "network.attention_resolutions=[]",
+    "features.grid=16",
+    "scoring.map_size=64",
+]
+TEXTURES = ("brick", "gravel")
+
+
+def job(name: str, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | (env or {}), check=False
+    )
+
+
+def succeeded(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("dataset")
+    write_dataset(
+        Location.parse(root), textures=TEXTURES, image_size=64, train_images=12, test_normal=4, test_defective=5
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def models(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    output = succeeded(job("train_all", "--dataset", dataset, "--models", folder, "--preset", "demo", *TINY))
+    assert all(f"{name}" in output for name in TEXTURES)
+    return folder
+
+
+@pytest.fixture
+def night(dataset: Path, tmp_path: Path) -> Path:
+    """Archives of one night: a folder and a tar, with a truncated, a foreign and an empty file among the images."""
+    folder, tar_folder = tmp_path / "night" / "brick", tmp_path / "night" / "gravel"
+    folder.mkdir(parents=True)
+    tar_folder.mkdir()
+    for i, image in enumerate(sorted((dataset / "brick/test").glob("*/*.png"))):
+        (folder / f"{i}.png").write_bytes(image.read_bytes())
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:300])
+    (folder / "notes.png").write_text("no image")
+    with tarfile.open(tar_folder / "line-3.tar", "w") as tar:
+        for i, image in enumerate(sorted((dataset / "gravel/test").glob("*/*.png"))):
+            tar.add(image, f"part/{i}.png")
+        tar.addfile(tarfile.TarInfo("part/empty.png"), io.BytesIO())
+    return tmp_path / "night"
+
+
+def rows(results: Path, table: str) -> list[dict[str, object]]:
+    return ds.dataset(results / table, partitioning="hive").to_table().to_pylist()
+
+
+@pytest.mark.slow
+class TestTraining:
+    def test_models_are_stored_with_their_provenance(self, models: Path) -> None:
+        for name in TEXTURES:
+            info = model_info(Location.parse(models), name)
+            assert info.provenance["training_images"] + info.provenance["held_out_images"] == 12
+            assert info.config.training.iterations == 4
+        assert not list((models / "_runs").glob("*")), "checkpoints of finished runs are removed"
+
+    def test_one_broken_category_fails_alone_and_is_named(self, dataset: Path, tmp_path: Path) -> None:
+        broken = tmp_path / "data"
+        for name in TEXTURES:
+            for image in (dataset / name / "train/good").glob("*.png"):
+                copy = broken / name / "train/good" / image.name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(image.read_bytes())
+        victim = broken / "gravel/train/good/003.png"
+        victim.write_bytes(victim.read_bytes()[:200])
+        result = job("train_all", "--dataset", broken, "--models", tmp_path / "models", "--preset", "demo", *TINY)
+        assert result.returncode == 1
+        assert "1 of 2 categories failed: gravel" in result.stdout
+        assert "003.png" in result.stdout.replace("\n", "").replace(" ", "")
+        assert model_info(Location.parse(tmp_path / "models"), "brick").version
+        assert not (tmp_path / "models/gravel").exists()
+
+    def test_a_killed_run_continues_from_its_checkpoint(self, dataset: Path, tmp_path: Path) -> None:
+        models = tmp_path / "models"
+        arguments = ["--dataset", dataset, "--models", models, "--categories", "brick", "--preset", "demo", *TINY]
+        arguments += ["training.iterations=60", "training.checkpoint_every=5"]
+        command = [sys.executable, str(ROOT / "jobs/train_all.py"), *map(str, arguments)]
+        with subprocess.Popen(
+            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as run:
+            deadline = time.monotonic() + 120
+            while len(list(models.glob("_runs/*/checkpoint_*/fit.pt"))) == 0:
+                assert run.poll() is None, "the run ended before it was killed"
+                assert time.monotonic() < deadline, "no checkpoint within two minutes"
+                time.sleep(0.05)
+            os.killpg(run.pid, signal.SIGKILL)
+        succeeded(job("train_all", *arguments))
+        assert model_info(Location.parse(models), "brick").provenance["resumed_at_step"] >= 5
+
+
+@pytest.mark.slow
+class TestScoring:
+    def test_every_image_is_scored_or_has_a_failures_row(self, models: Path, night: Path, tmp_path: Path) -> None:
+        results = tmp_path / "results"
+        arguments = ["--archives", night, "--models", models, "--results", results, "--night", "2026-01-31"]
+        output = succeeded(job("score_archives", *arguments))
+        assert "21 images in = 18 scored" in output
+        assert "3 failed" in output
+        scores, failures = rows(results, "scores"), rows(results, "failures")
+        assert sorted(row["category"] for row in scores) == ["brick"] * 9 + ["gravel"] * 9
+        assert {row["night"] for row in scores} == {"2026-01-31"}
+        assert len({row["image_id"] for row in scores}) == 18
+        reasons = {Path(str(row["member"])).name: row["error"] for row in failures}
+        assert reasons == {"cut.png": "truncated", "notes.png": "not_an_image", "empty.png": "empty_file"}
+        maps = rows(results, "maps")
+        assert {row["image_id"] for row in maps} == {row["image_id"] for row in scores}
+        assert all(len(row["map"]) == 64 * 64 for row in maps)  # type: ignore[arg-type]
+        (record,) = (json.loads(path.read_text()) for path in (results / "runs").glob("*.json"))
+        assert record["counts"]["images"] == 21
+
+        before = {path: path.read_bytes() for path in results.rglob("*.parquet")}
+        assert "nothing to do" in succeeded(job("score_archives", *arguments))
+        assert {path: path.read_bytes() for path in results.rglob("*.parquet")} == before
+
+        # A lost commit marker: the shard is done again and gives the same rows.
+        marker = next((results / "scores/category=gravel").rglob("*.parquet"))
+        marker.unlink()
+        succeeded(job("score_archives", *arguments))
+        again = {row["image_id"]: row["score"] for row in rows(results, "scores")}
+        assert again == {row["image_id"]: row["score"] for row in scores}
+
+    def test_shard_size_and_actors_do_not_change_any_map(self, models: Path, night: Path, tmp_path: Path) -> None:
+        found = []
+        for shard_images in (256, 4):
+            results = tmp_path / f"results-{shard_images}"
+            succeeded(
+                job(
+                    *("score_archives", "--archives", night / "brick", "--models", models, "--results", results),
+                    *("--shard-images", shard_images),
+                )
+            )
+            found.append({row["image_id"]: np.array(row["map"], np.float64) for row in rows(results, "maps")})
+        assert found[0].keys() == found[1].keys()
+        for key, one in found[0].items():
+            np.testing.assert_allclose(one, found[1][key], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.slow
+class TestEvaluation:
+    def test_metrics_reach_terminal_json_and_parquet(self, dataset: Path, models: Path, tmp_path: Path) -> None:
+        report = tmp_path / "metrics.json"
+        arguments = ["--dataset", dataset, "--models", models, "--results", tmp_path / "results", "--json", report]
+        output = succeeded(job("evaluate", *arguments))
+        found = json.loads(report.read_text())
+        assert set(found["categories"]) == set(TEXTURES)
+        for metrics in found["categories"].values():
+            assert metrics["images"] == 9
+            assert 0.5 < metrics["pixel_auroc"] <= 1
+            assert {"pixel_ap", "pro_0.30", "image_auroc", "image_ap", "regions"} < set(metrics)
+        assert f"{100 * found['mean']['pixel_auroc']:.1f}" in output
+        table = ds.dataset(tmp_path / "results/metrics").to_table().to_pylist()
+        assert {row["category"]: row["pixel_auroc"] for row in table} == {
+            name: metrics["pixel_auroc"] for name, metrics in found["categories"].items()
+        }
+
+
+@pytest.mark.slow
+def test_the_demo_leaves_metrics_tables_and_a_picture(tmp_path: Path) -> None:
+    succeeded(job("demo", "--output", tmp_path / "demo", *TINY))
+    assert set(json.loads((tmp_path / "demo/metrics.json").read_text())["categories"]) == set(TEXTURES)
+    with Image.open(tmp_path / "demo/contact-sheet.png") as sheet:
+        assert sheet.width > 300
+    assert len(rows(tmp_path / "demo/results", "scores")) == 100
+
+
+@pytest.mark.slow
+def test_the_whole_way_on_s3(dataset: Path, s3: Location) -> None:
+    for path in dataset.rglob("*.png"):
+        Location.parse(f"{s3}/data/{path.relative_to(dataset)}").write_bytes(path.read_bytes())
+    succeeded(
+        job(
+            *("train_all", "--dataset", f"{s3}/data", "--models", f"{s3}/models", "--categories", "brick"),
+            *("--preset", "demo", *TINY, "training.checkpoint_every=2"),
+        )
+    )
+    output = succeeded(
+        job(
+            *("score_archives", "--archives", f"{s3}/data/brick/test", "--category", "brick"),
+            *("--models", f"{s3}/models", "--results", f"{s3}/results", "--night", "2026-01-31"),
+        )
+    )
+    assert "9 images in = 9 scored" in output
+    folder = Location.parse(f"{s3}/results/scores/category=brick/night=2026-01-31")
+    assert len(folder.files()) == 1
+
+
+MISTAKES = {
+    "no such data set": ("train_all", ["--dataset", "{tmp}/none", "--models", "{tmp}/m"], "does not exist"),
+    "unknown category": (
+        "train_all",
+        ["--dataset", "{data}", "--models", "{tmp}/m", "--categories", "gravle"],
+        "gravel",
+    ),
+    "unknown setting": (
+        "train_all",
+        ["--dataset", "{data}", "--models", "{tmp}/m", "--set", "training.iteration=3"],
+        "training.iteration",
+    ),
+    "bad value": (
+        "train_all",
+        ["--dataset", "{data}", "--models", "{tmp}/m", "--set", "training.batch_size=0"],
+        "batch_size",
+    ),
+    "models folder is a file": ("train_all", ["--dataset", "{data}", "--models", "{file}"], "is a file"),
+    "no models": (
+        "score_archives",
+        ["--archives", "{data}/brick/test", "--models", "{tmp}", "--results", "{tmp}/r", "--category", "brick"],
+        "train",
+    ),
+    "no archives": (
+        "score_archives",
+        ["--archives", "{tmp}/none.tar", "--models", "{tmp}/m", "--results", "{tmp}/r"],
+        "does not exist",
+    ),
+    "odd night": (
+        "score_archives",
+        ["--archives", "{data}", "--models", "{tmp}/m", "--results", "{tmp}/r", "--night", "today"],
+        "YYYY-MM-DD",
+    ),
+    "nothing trained": (
+        "evaluate",
+        ["--dataset", "{data}", "--models", "{tmp}", "--results", "{tmp}/r"],
+        "train_all.py",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_with_a_remedy_and_status_2(mistake: str, dataset: Path, tmp_path: Path) -> None:
+    name, arguments, expected = MISTAKES[mistake]
+    file = tmp_path / "file"
+    file.write_text("")
+    result = job(name, *(a.format(tmp=tmp_path, data=dataset, file=file) for a in arguments))
+    assert result.returncode == 2, result.stdout + result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
+
+
+@pytest.mark.slow
+def test_a_dry_run_prints_the_plan_and_writes_nothing(dataset: Path, tmp_path: Path) -> None:
+    output = succeeded(job("train_all", "--dataset", dataset, "--models", tmp_path / "models", "--dry-run"))
+    assert "brick: 12 normal training images" in output
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_all", "score_archives", "evaluate", "demo"])
+def test_help_shows_every_option(name: str) -> None:
+    output = succeeded(job(name, "--help"))
+    assert "--" in output
+    assert "default" in output

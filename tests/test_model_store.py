@@ -1,0 +1,216 @@
+"""A stored model scores as the one that was saved, holds no pickle, and every damage is told in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from datetime import UTC, datetime, timedelta, timezone
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from pipeline.errors import UserError
+from pipeline.model_store import (
+    load_scorer,
+    model_categories,
+    model_info,
+    new_version,
+    package_versions,
+    save_model,
+)
+from pipeline.storage import Location
+
+NOW = datetime(2026, 1, 31, 9, 30, tzinfo=UTC)
+PROVENANCE = {"dataset": "/data/cloth", "training_images": 16, "losses": {"noise": 0.25}}
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A folder of models that holds nothing yet."""
+    return Location.parse(tmp_path / "models")
+
+
+@pytest.fixture
+def stored(models, scorer, tiny):
+    """The folder of the one stored model, of category cloth, as a pathlib path."""
+    return tmp_folder(save_model(models, "cloth", new_version(tiny, NOW), scorer, PROVENANCE))
+
+
+def tmp_folder(location):
+    from pathlib import Path
+
+    return Path(location.uri)
+
+
+def told(call, *arguments, **options):
+    """The one line of the UserError that the call must raise."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def rewrite(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# ---- Round trip ----
+
+
+def test_a_loaded_model_scores_as_the_saved_one(models, stored, scorer, fresh):
+    loaded = load_scorer(model_info(models, "cloth"))
+    before, after = scorer.score(fresh), loaded.score(fresh)
+    np.testing.assert_array_equal(before.maps, after.maps)
+    for name in ("scores", "kl_scores", "feature_scores"):
+        np.testing.assert_array_equal(getattr(before, name), getattr(after, name))
+    assert loaded.calibration.threshold == scorer.calibration.threshold
+    assert loaded.calibration.pixel_threshold == scorer.calibration.pixel_threshold
+    np.testing.assert_array_equal(loaded.calibration.normal_scores, scorer.calibration.normal_scores)
+
+
+def test_what_is_known_of_a_model_without_its_weights(models, stored, scorer, tiny):
+    (stored / "weights.safetensors").unlink()
+    info = model_info(models, "cloth")
+    assert info.location == models / "cloth" / f"20260131T093000Z-{tiny.digest()}"
+    assert (info.category, info.version) == ("cloth", info.location.name)
+    assert info.config == tiny
+    assert info.provenance == PROVENANCE
+    calibration = scorer.calibration
+    assert info.thresholds == {"threshold": calibration.threshold, "pixel_threshold": calibration.pixel_threshold}
+
+
+def test_files_are_json_and_safetensors_and_nothing_else(models, stored):
+    root = tmp_folder(models)
+    files = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
+    version = stored.name
+    assert set(files) == {
+        "cloth/latest.json",
+        f"cloth/{version}/model.json",
+        f"cloth/{version}/weights.safetensors",
+    }
+    for name, path in files.items():
+        if name.endswith(".json"):
+            assert isinstance(json.loads(path.read_text("utf-8")), dict)
+        else:
+            with safe_open(path, "pt") as tensors:
+                assert any(key.startswith("denoiser.unet.") for key in tensors.keys())  # noqa: SIM118 (no mapping)
+
+
+def test_versions_sort_by_time_and_name_the_settings(tiny, variant):
+    later = NOW + timedelta(seconds=1)
+    assert new_version(tiny, NOW) == f"20260131T093000Z-{tiny.digest()}"
+    assert new_version(tiny, NOW) < new_version(variant(scoring={"alpha": 0.1}), later)
+    elsewhere = NOW.astimezone(timezone(timedelta(hours=9)))
+    assert new_version(tiny, elsewhere) == new_version(tiny, NOW)
+
+
+def test_latest_is_what_was_saved_last_and_older_versions_stay(models, stored, scorer):
+    save_model(models, "cloth", "second", scorer, {"training_images": 17})
+    assert model_info(models, "cloth").version == "second"
+    older = model_info(models, "cloth", stored.name)
+    assert older.version == stored.name
+    assert older.provenance == PROVENANCE
+
+
+def test_categories_are_those_with_a_latest_model(models, stored, scorer):
+    save_model(models, "bolt", "first", scorer, {})
+    (tmp_folder(models) / "unfinished" / "first").mkdir(parents=True)
+    assert model_categories(models) == ["bolt", "cloth"]
+
+
+def test_versions_of_what_decides_the_numbers_are_known():
+    versions = package_versions()
+    assert {"defectmap", "torch", "timm", "numpy"} <= set(versions)
+    assert all(versions.values())
+
+
+# ---- What the user may have done to it ----
+
+
+def test_no_models_at_all(models, stored):
+    assert "nowhere" in told(model_categories, models / "nowhere")
+    (stored.parent / "latest.json").unlink()
+    assert "no trained category" in told(model_categories, models)
+
+
+def test_unknown_category_names_the_known_ones(models, stored):
+    line = told(model_info, models, "bolt")
+    assert "'bolt'" in line
+    assert "cloth" in line
+
+
+def test_unknown_version(models, stored):
+    line = told(model_info, models, "cloth", "20200101T000000Z-0123456789ab")
+    assert "20200101T000000Z-0123456789ab" in line
+
+
+def test_renamed_category(models, stored):
+    stored.parent.rename(stored.parent.with_name("bolt"))
+    line = told(model_info, models, "bolt")
+    assert "trained for category 'cloth', not 'bolt'" in line
+
+
+@pytest.mark.parametrize("file", ["latest.json", "model.json"])
+@pytest.mark.parametrize("content", [b"", b'{"version": ', b"[]", b'"text"', b"{}", b"\xff\xfe\x00"])
+def test_damaged_json(models, stored, file, content):
+    path = stored.parent / file if file == "latest.json" else stored / file
+    path.write_bytes(content)
+    line = told(model_info, models, "cloth")
+    assert "cloth" in line
+    assert "train" in line
+
+
+@pytest.mark.parametrize("changes", [{"format": "one"}, {"config": []}, {"config": {"colour": 1}}, {"config": None}])
+def test_json_of_other_makes(models, stored, changes):
+    rewrite(stored / "model.json", **changes)
+    assert "train" in told(model_info, models, "cloth")
+
+
+def test_newer_format(models, stored):
+    rewrite(stored / "model.json", format=99)
+    line = told(model_info, models, "cloth")
+    assert "format 99, newer than this release reads: upgrade" in line
+
+
+def test_missing_weights(models, stored):
+    (stored / "weights.safetensors").unlink()
+    assert "weights" in told(load_scorer, model_info(models, "cloth"))
+
+
+@pytest.mark.parametrize("kept", [0, 5, 200, -1000])
+def test_damaged_weights(models, stored, kept):
+    path = stored / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    line = told(load_scorer, model_info(models, "cloth"))
+    assert "weights" in line
+    assert "train the category again" in line
+
+
+def test_weights_of_another_network(models, stored, variant, scorer, held_out, photographs, extractor):
+    config = variant(network={"channel_mult": (1, 3)})
+    rewrite(stored / "model.json", config=config.model_dump(mode="json"))
+    line = told(load_scorer, model_info(models, "cloth"))
+    assert "weights" in line
+    assert "cannot be used" in line
+
+
+def test_weights_without_calibration(models, stored, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = stored / "weights.safetensors"
+    tensors = {name: t for name, t in load_file(path).items() if name != "calibration.whitening"}
+    save_file(tensors, path)
+    assert "whitening" in told(load_scorer, model_info(models, "cloth"))
+
+
+def test_thresholds_that_are_not_there(models, stored):
+    rewrite(stored / "model.json", thresholds={"threshold": 3.0})
+    assert "pixel_threshold" in told(load_scorer, model_info(models, "cloth"))
+
+
+def test_a_copied_model_still_loads(models, stored, scorer, fresh, tmp_path):
+    moved = Location.parse(shutil.copytree(tmp_folder(models), tmp_path / "elsewhere"))
+    loaded = load_scorer(model_info(moved, "cloth"))
+    np.testing.assert_array_equal(loaded.score(fresh[:1]).maps, scorer.score(fresh[:1]).maps)

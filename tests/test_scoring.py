@@ -1,0 +1,299 @@
+"""Maps do not depend on company, calibration centres normal images, and the small functions equal plain ones."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage, stats
+
+from pipeline.scoring import (
+    Denoiser,
+    Region,
+    Scorer,
+    find_regions,
+    fixed_noise,
+    gaussian_blur,
+    prediction_bound,
+    top_mean,
+)
+
+
+@pytest.fixture(scope="module")
+def calibrated(fitted, variant, held_out):
+    """calibrated(scoring={...}, ...): the fitted network under changed settings, calibrated anew."""
+
+    def build(**sections):
+        denoiser = fitted.result()
+        denoiser.config = variant(**sections)
+        scorer = Scorer(denoiser, fitted.extractor)
+        scorer.calibrate(held_out)
+        return scorer
+
+    return build
+
+
+def spoiled(images):
+    """The images with a white patch in rows 8 to 15, columns 16 to 23."""
+    images = images.copy()
+    images[:, 8:16, 16:24] = 255
+    return images
+
+
+def all_raw_maps(scorer, images):
+    batch = scorer.config.scoring.batch_size
+    raws = [scorer.raw_maps(images[start : start + batch]) for start in range(0, len(images), batch)]
+    return [torch.cat(parts) for parts in zip(*raws, strict=True)]
+
+
+# ---- A photograph's map is its own ----
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_photograph_gets_the_same_map_in_any_company(calibrated, precision, fresh):
+    scorer = calibrated(training={"precision": precision})
+    together = scorer.score(fresh)
+    assert together.maps.astype(float).std(axis=0).max() > 0.1  # the photographs' maps do differ
+    strange = spoiled(fresh[:1])
+    arrangements = [[0], [4, 0], [0, 0, 0, 0], [5, 4, 3, 2, 1, 0], [3, 1, 0, 2, 5, 4, 1]]
+    for order in arrangements:
+        alone = scorer.score(np.concatenate([strange, fresh[order]]))
+        for place, image in enumerate(order, start=1):
+            np.testing.assert_allclose(
+                alone.maps[place].astype(float), together.maps[image].astype(float), rtol=2**-10, atol=2**-10
+            )
+            assert alone.scores[place] == pytest.approx(together.scores[image], rel=1e-3)
+            assert alone.kl_scores[place] == pytest.approx(together.kl_scores[image], rel=1e-3)
+            assert alone.feature_scores[place] == pytest.approx(together.feature_scores[image], rel=1e-3)
+
+
+def test_results_come_in_order_and_in_the_stated_types(scorer, fresh):
+    found = scorer.score(fresh)
+    assert found.maps.shape == (6, 32, 32)
+    assert found.maps.dtype == np.float16
+    for scores in (found.scores, found.kl_scores, found.feature_scores):
+        assert scores.shape == (6,)
+        assert scores.dtype == np.float64
+
+
+def test_scores_are_taken_from_the_stored_maps(scorer, fresh):
+    found = scorer.score(fresh)
+    largest = np.sort(found.maps.reshape(6, -1).astype(np.float64), axis=1)[:, -8:]
+    np.testing.assert_allclose(found.scores, largest.mean(axis=1), rtol=1e-12)
+
+
+def test_the_noise_belongs_to_the_model(tiny, variant):
+    noise = fixed_noise(tiny)
+    assert noise.shape == (3, 3, 16, 16)
+    assert torch.equal(noise, fixed_noise(tiny))
+    assert not torch.equal(noise, fixed_noise(variant(training={"seed": 1})))
+    assert not torch.equal(noise[0], noise[1])
+
+
+def test_raw_maps_have_one_entry_per_noise_scale(scorer, fresh):
+    raw = scorer.raw_maps(fresh[:3])
+    assert raw.kl.shape == (3, 3, 16, 16)
+    assert raw.residuals.shape == (3, 3, 40, 8, 8)
+    assert (raw.kl >= 0).all()
+
+
+def test_labels_reach_a_network_with_classes(variant, extractor, fresh):
+    torch.manual_seed(0)
+    denoiser = Denoiser(variant(), extractor.channels, num_classes=3)
+    first, second, again = (
+        Scorer(denoiser, extractor, label=label).raw_maps(fresh[:2]).residuals for label in (0, 2, 0)
+    )
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, second)
+
+
+def test_photographs_are_shrunk_by_area_average(scorer):
+    x = torch.arange(32.0).repeat(1, 3, 32, 1)
+    torch.testing.assert_close(scorer.denoiser.shrink(x)[0, 0, 0], torch.arange(16) * 2 + 0.5)
+    assert scorer.denoiser.shrink(x[..., :16, :16]).shape == (1, 3, 16, 16)
+
+
+# ---- Calibration and ensemble ----
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_calibrated_normal_maps_have_mean_0_and_deviation_1(calibrated, held_out, whiten):
+    scorer = calibrated(scoring={"timesteps": (50,), "map_sigma": 0.0, "whiten": whiten})
+    kl, residuals = all_raw_maps(scorer, held_out)
+    maps = scorer.maps(type(scorer.raw_maps(held_out[:1]))(kl, residuals), scorer.calibration)
+    for branch in (maps.kl, maps.feature):
+        assert branch.mean().item() == pytest.approx(0, abs=1e-3)
+        assert branch.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_alpha_weighs_the_kl_branch(calibrated, fresh):
+    ends = {alpha: calibrated(scoring={"alpha": alpha}) for alpha in (0.0, 0.25, 1.0)}
+    maps = {alpha: scorer.maps(scorer.raw_maps(fresh[:4]), scorer.calibration) for alpha, scorer in ends.items()}
+    torch.testing.assert_close(maps[1.0].combined, maps[1.0].kl)
+    torch.testing.assert_close(maps[0.0].combined, maps[0.0].feature)
+    torch.testing.assert_close(maps[0.25].combined, 0.25 * maps[1.0].kl + 0.75 * maps[0.0].feature)
+    assert not torch.allclose(maps[0.0].combined, maps[1.0].combined)
+
+
+def test_alpha_0_and_1_score_like_their_branch(calibrated, fresh):
+    kl, feature = calibrated(scoring={"alpha": 1.0}).score(fresh), calibrated(scoring={"alpha": 0.0}).score(fresh)
+    np.testing.assert_allclose(kl.scores, kl.kl_scores, rtol=1e-3)
+    np.testing.assert_allclose(feature.scores, feature.feature_scores, rtol=1e-3)
+
+
+def test_whitening_turns_the_residuals_covariance_into_the_identity(calibrated, held_out):
+    scorer = calibrated(scoring={"whiten": True})
+    _, residuals = all_raw_maps(scorer, held_out)
+    for step in range(3):
+        cells = residuals[:, step].permute(1, 0, 2, 3).flatten(1).double().numpy()
+        mean, whitening = (
+            statistic[step].double().numpy()
+            for statistic in (scorer.calibration.residual_mean, scorer.calibration.whitening)
+        )
+        np.testing.assert_allclose(mean, cells.mean(axis=1), atol=1e-5)
+        covariance = np.cov(cells, bias=True)
+        assert np.linalg.norm(covariance / covariance.trace() - np.eye(40) / 40) > 0.1  # there is something to whiten
+        ridge = 0.01 * covariance.trace() / 40 * np.eye(40)
+        np.testing.assert_allclose(whitening @ (covariance + ridge) @ whitening.T, np.eye(40), atol=1e-3)
+        # The ridge takes from the nearly constant directions only.
+        spread = np.linalg.eigvalsh(whitening @ covariance @ whitening.T)
+        assert spread.max() <= 1 + 1e-3
+        assert np.median(spread) > 0.8
+
+
+def test_feature_map_is_the_mean_squared_residual(calibrated):
+    residuals = torch.randn(2, 3, 40, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = calibrated(scoring={"whiten": False})
+    expected = torch.nn.functional.interpolate(
+        (residuals**2).mean(2), size=(32, 32), mode="bilinear", align_corners=False
+    )
+    torch.testing.assert_close(plain.feature_maps(residuals, plain.calibration), expected)
+    whitened = calibrated(scoring={"whiten": True})
+    statistics = whitened.calibration
+    at = residuals[1, 2, :, 0, 0] - statistics.residual_mean[2]
+    # The corner pixel of the map lies inside the corner cell.
+    distance = (statistics.whitening[2] @ at).square().mean()
+    torch.testing.assert_close(whitened.feature_maps(residuals, statistics)[1, 2, 0, 0], distance)
+
+
+def test_image_normalisation_scales_kl_by_its_own_image_and_leaves_features(calibrated, fresh):
+    settings = {"normalisation": "image", "timesteps": (50,), "whiten": False, "map_sigma": 0.0}
+    scorer = calibrated(scoring=settings)
+    raw = scorer.raw_maps(fresh[:4])
+    maps = scorer.maps(raw, scorer.calibration)
+    for image in maps.kl:
+        assert image.mean().item() == pytest.approx(0, abs=1e-4)
+        assert image.std().item() == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(maps.feature, scorer.feature_maps(raw.residuals, scorer.calibration)[:, 0])
+    assert np.isfinite(scorer.calibration.threshold)
+
+
+def test_thresholds_come_from_the_held_out_photographs(scorer, held_out):
+    found = scorer.score(held_out)
+    calibration = scorer.calibration
+    np.testing.assert_allclose(calibration.normal_scores, np.sort(found.scores), rtol=1e-6)
+    assert calibration.threshold == pytest.approx(prediction_bound(found.scores, 0.01))
+    peaks = found.maps.reshape(len(held_out), -1).max(axis=1).astype(np.float64)
+    assert calibration.pixel_threshold == pytest.approx(prediction_bound(peaks, 0.01))
+
+
+def test_a_stricter_false_alarm_rate_raises_both_thresholds(calibrated):
+    loose, strict = (calibrated(scoring={"false_alarm_rate": rate}).calibration for rate in (0.1, 0.001))
+    assert strict.threshold > loose.threshold
+    assert strict.pixel_threshold > loose.pixel_threshold
+
+
+def test_a_defect_is_found_where_it_is(scorer, fresh):
+    calibration = scorer.calibration
+    assert (scorer.score(fresh).scores < calibration.threshold).all()
+    found = scorer.score(spoiled(fresh))
+    assert (found.scores > calibration.threshold).all()
+    for anomaly_map in found.maps:
+        region = find_regions(anomaly_map, calibration.pixel_threshold)[0]
+        assert region.x <= 18 < 21 < region.x + region.width
+        assert region.y <= 10 < 13 < region.y + region.height
+        y, x = np.unravel_index(anomaly_map.argmax(), anomaly_map.shape)
+        assert 6 <= y < 18
+        assert 14 <= x < 26
+
+
+def test_a_scorer_without_calibration_does_not_score(fitted, fresh):
+    with pytest.raises(AssertionError, match="without calibration"):
+        Scorer(fitted.result(), fitted.extractor).score(fresh)
+
+
+def test_calibration_holds_float32_tensors_and_plain_numbers(scorer):
+    for field in dataclasses.fields(scorer.calibration):
+        value = getattr(scorer.calibration, field.name)
+        if field.type == "Tensor":
+            assert value.dtype == torch.float32, field.name
+            assert torch.isfinite(value).all(), field.name
+        else:
+            assert type(value) is float, field.name
+
+
+# ---- The small functions ----
+
+
+@pytest.mark.parametrize("sigma", [0.4, 1.0, 2.5, 3.3])
+def test_blur_equals_scipy(sigma):
+    maps = np.random.default_rng(0).normal(size=(3, 24, 17))
+    found = gaussian_blur(torch.from_numpy(maps), sigma).numpy()
+    expected = np.stack([ndimage.gaussian_filter(m, sigma, mode="mirror", truncate=4) for m in maps])
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_blur_of_small_maps_and_of_none():
+    maps = torch.randn(2, 5, 5, generator=torch.Generator().manual_seed(0))
+    assert gaussian_blur(maps, 0) is maps
+    blurred = gaussian_blur(maps, 4.0)  # the kernel is wider than the map
+    assert blurred.shape == maps.shape
+    assert blurred.std() < 0.5 * maps.std()
+    torch.testing.assert_close(gaussian_blur(torch.full((1, 5, 5), 3.0), 4.0), torch.full((1, 5, 5), 3.0))
+
+
+def test_top_mean_is_the_mean_of_the_largest_values():
+    maps = np.random.default_rng(1).normal(size=(4, 9, 11)).astype(np.float32)
+    expected = np.sort(maps.reshape(4, -1).astype(np.float64), axis=1)[:, -7:].mean(axis=1)
+    found = top_mean(torch.from_numpy(maps), 7)
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_allclose(top_mean(torch.from_numpy(maps), 1000), maps.mean(axis=(1, 2), dtype=np.float64))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_regions_are_8_connected_and_sorted_by_peak(dtype):
+    drawing = """
+        . . . . . . . .
+        . 2 . . . . . 9
+        . . 3 . . . . .
+        . . . 2 . 1 1 .
+        . . . . . . . .
+        5 . . . . . . .
+    """
+    rows = drawing.replace(".", "0").split()
+    found = find_regions(np.array(rows, dtype).reshape(6, 8), 1.0)
+    assert found == [
+        Region(x=7, y=1, width=1, height=1, area=1, peak=9.0),
+        Region(x=0, y=5, width=1, height=1, area=1, peak=5.0),
+        Region(x=1, y=1, width=3, height=3, area=3, peak=3.0),
+    ]
+    assert all(type(value) in (int, float) for region in found for value in region)
+
+
+def test_a_map_below_the_threshold_has_no_region():
+    assert find_regions(np.full((4, 4), 1.5, np.float16), 1.5) == []
+    (whole,) = find_regions(np.full((4, 5), 1.5, np.float16), 1.4)
+    assert whole == Region(x=0, y=0, width=5, height=4, area=20, peak=1.5)
+
+
+@pytest.mark.parametrize(("count", "rate"), [(4, 0.01), (10, 0.05), (60, 0.01)])
+def test_prediction_bound_keeps_its_rate(count, rate):
+    rng = np.random.default_rng(count)
+    bounds = [prediction_bound(rng.normal(5, 3, count), rate) for _ in range(1500)]
+    # The chance that a further value exceeds each bound, averaged over many calibrations.
+    exceeded = stats.norm.sf(bounds, 5, 3)
+    assert exceeded.mean() == pytest.approx(rate, abs=4 * exceeded.std() / np.sqrt(len(bounds)))
+    assert exceeded.mean() == pytest.approx(rate, rel=0.2)
