@@ -100,8 +100,9 @@ class ScoringConfig(Section):
     """Length of the respaced chain."""
     timesteps: tuple[NonNegativeInt, ...] = Field((5, 50, 100), min_length=1)
     """Indices into the respaced chain at which each image is noised once."""
-    alpha: float = Field(0.5, ge=0, le=1)
-    """Weight of the KL map; the feature map has 1 - alpha."""
+    alpha: float | None = Field(0.5, ge=0, le=1)
+    """Weight of the KL map; the feature map has 1 - alpha. null: each model takes the one that finds defects implanted in
+    its held-out normal images best."""
     normalisation: Literal["calibration", "image"] = "calibration"
     """KL and feature maps are centred and scaled by held-out normal images, or (published code) KL by each image itself."""
     kl_sigma: float = Field(0.0, ge=0)
@@ -109,8 +110,9 @@ class ScoringConfig(Section):
     kl_place_sigma: float = Field(0.0, ge=0)
     """The KL map's calibration statistics belong to a place and its neighbours, weighted by a Gaussian this wide, in map
     pixels; 0 takes the same statistics everywhere, as the feature map does."""
-    whiten: bool = False
-    """Measure feature residuals by their Mahalanobis distance under held-out normal residuals instead of plain squares."""
+    covariance: Literal["none", "general", "place", "select"] = "none"
+    """How feature residuals are measured: plain squares (published), Mahalanobis distance under the Gaussian of normal
+    residuals in general or at each place, or whichever finds defects implanted in held-out normal images best."""
     map_sigma: float = Field(0.0, ge=0)
     """Gaussian smoothing of the final map, in map pixels."""
     map_size: int = Field(256, ge=16)
@@ -181,7 +183,9 @@ PRESETS: dict[PresetName, Config] = {
         ),
         features=FeatureConfig(grid=32, neighbourhood=3),
         training=TrainingConfig(iterations=150, batch_size=8, learning_rate=4e-4, ema_decay=0.97, max_timestep=450),
-        scoring=ScoringConfig(kl_sigma=4.0, map_sigma=2.0, whiten=True, batch_size=16),
+        scoring=ScoringConfig(
+            alpha=None, kl_sigma=4.0, kl_place_sigma=16.0, map_sigma=4.0, covariance="general", batch_size=16
+        ),
     ),
     "fast": Config(
         preset="fast",
@@ -194,8 +198,8 @@ PRESETS: dict[PresetName, Config] = {
             num_head_channels=32,
         ),
         features=FeatureConfig(grid=32),
-        training=TrainingConfig(iterations=500, batch_size=4, learning_rate=2e-4, ema_decay=0.99, max_timestep=450),
-        scoring=ScoringConfig(kl_sigma=4.0, map_sigma=2.0, whiten=True),
+        training=TrainingConfig(iterations=400, batch_size=4, learning_rate=4e-4, ema_decay=0.99, max_timestep=450),
+        scoring=ScoringConfig(alpha=None, kl_sigma=4.0, kl_place_sigma=16.0, map_sigma=2.0, covariance="select"),
     ),
     # The published recipe; scoring.normalisation "image" is what its code does to the KL map.
     "paper": Config(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.calibration import calibrate
 from pipeline.config import Config
 from pipeline.diffusion.loss import Losses, training_loss
 from pipeline.diffusion.process import DiffusionProcess
@@ -27,8 +28,8 @@ FEWEST_IMAGES = 8
 
 
 def split_holdout(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of `count` normal images -> (training, held out for calibration), both sorted; at least 4 held out."""
-    held_out = max(4, round(count * fraction))
+    """Indices of `count` normal images -> (training, held out for calibration), both sorted; 4 to 200 are held out."""
+    held_out = min(200, max(4, round(count * fraction)))
     order = np.random.default_rng(seed).permutation(count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
@@ -185,7 +186,7 @@ class Fit:
     def calibrated(self, held_out_nhwc: np.ndarray) -> Scorer:
         """A scorer with the averaged weights, calibrated on held-out normal photographs."""
         scorer = Scorer(self.result(), self.extractor, device=self.device)
-        scorer.calibrate(held_out_nhwc)
+        calibrate(scorer, held_out_nhwc, self.images.numpy())
         return scorer
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Trained categories on storage: weights and calibration as safetensors, everything else as JSON you can read.
 
 MODELS/<category>/<version>/weights.safetensors
-MODELS/<category>/<version>/model.json      config, thresholds, provenance; written after the weights
+MODELS/<category>/<version>/model.json      config, calibration, provenance; written after the weights
 MODELS/<category>/latest.json               {"version": ...}; written last
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
 from typing import Any
@@ -22,14 +22,15 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.features import FeatureExtractor
+from pipeline.gaussian import ResidualGaussian
 from pipeline.scoring import Calibration, Denoiser, Scorer
 from pipeline.storage import Location, require_exists
 
 FORMAT = 1
 """Version of the files' layout; a reader refuses a higher one."""
 
-_CALIBRATION_TENSORS = tuple(f.name for f in fields(Calibration) if f.type == "Tensor")
-_CALIBRATION_NUMBERS = tuple(f.name for f in fields(Calibration) if f.type == "float")
+_TENSORS = ("kl_mean", "kl_std", "feature_mean", "feature_std", "normal_scores")
+_NUMBERS = ("alpha", "threshold", "pixel_threshold")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class ModelInfo:
     category: str
     version: str
     config: Config
-    thresholds: dict[str, float]
+    calibration: dict[str, float]
+    """alpha, threshold and pixel_threshold."""
     provenance: dict[str, Any]
     """Where it comes from: data, counts, losses, package versions, time."""
 
@@ -60,7 +62,9 @@ def save_model(models: Location, category: str, version: str, scorer: Scorer, pr
     assert scorer.calibration is not None
     folder = models / category / version
     tensors = {f"denoiser.{name}": tensor for name, tensor in scorer.denoiser.state_dict().items()}
-    tensors |= {f"calibration.{name}": getattr(scorer.calibration, name) for name in _CALIBRATION_TENSORS}
+    tensors |= {f"calibration.{name}": getattr(scorer.calibration, name) for name in _TENSORS}
+    if scorer.calibration.gaussian is not None:
+        tensors |= {f"gaussian.{name}": tensor for name, tensor in asdict(scorer.calibration.gaussian).items()}
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     (folder / "weights.safetensors").write_bytes(save_tensors(plain))
     (folder / "model.json").write_json(
@@ -69,7 +73,7 @@ def save_model(models: Location, category: str, version: str, scorer: Scorer, pr
             "category": category,
             "version": version,
             "config": scorer.config.model_dump(mode="json"),
-            "thresholds": {name: getattr(scorer.calibration, name) for name in _CALIBRATION_NUMBERS},
+            "calibration": {name: getattr(scorer.calibration, name) for name in _NUMBERS},
             "provenance": provenance,
         }
     )
@@ -92,21 +96,25 @@ def model_info(models: Location, category: str, version: str | None = None) -> M
         version = version or (models / category / "latest.json").read_json()["version"]
         folder = models / category / str(version)
         text = (folder / "model.json").read_json()
+        newer, trained_for = text["format"] > FORMAT, text["category"]
     except FileNotFoundError as error:
-        known = ", ".join(model_categories(models))
-        raise UserError(f"no model of category {category!r} in {models} (there: {known}): train it first") from error
+        known = model_categories(models)
+        if category in known:
+            raise UserError(f"category {category!r} in {models} has no version {version}: train it again") from error
+        there = ", ".join(known)
+        raise UserError(f"no model of category {category!r} in {models} (there: {there}): train it first") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"the model of {category!r} in {models} is damaged ({error}): train it again") from error
-    if text.get("format", 0) > FORMAT:
+    if newer:
         raise UserError(f"{folder} has format {text['format']}, newer than this release reads: upgrade defectmap")
-    if text.get("category") != category:
+    if trained_for != category:
         raise UserError(
-            f"{folder} was trained for category {text.get('category')!r}, not {category!r}: "
+            f"{folder} was trained for category {trained_for!r}, not {category!r}: "
             "models cannot be renamed; train that category"
         )
     try:
         config = Config.model_validate(text["config"])
-        return ModelInfo(folder, category, text["version"], config, text["thresholds"], text["provenance"])
+        return ModelInfo(folder, category, text["version"], config, text["calibration"], text["provenance"])
     except (ValidationError, KeyError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"{folder}/model.json does not fit this release ({first}): train the category again") from error
@@ -116,11 +124,13 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
     """A stored model ready to score. Raises UserError when its weights do not fit its config."""
     try:
         tensors = load_tensors((info.location / "weights.safetensors").read_bytes())
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         extractor = FeatureExtractor.of(info.config.features)
         denoiser = Denoiser(info.config, extractor.channels)
         denoiser.load_state_dict(_under("denoiser.", tensors))
-        numbers: dict[str, Any] = {**_under("calibration.", tensors), **info.thresholds}
-        calibration = Calibration(**numbers).to(device)
+        gaussian = _under("gaussian.", tensors)
+        known: dict[str, Any] = {**_under("calibration.", tensors), **info.calibration}
+        calibration = Calibration(gaussian=ResidualGaussian(**gaussian) if gaussian else None, **known)
     except (FileNotFoundError, SafetensorError, RuntimeError, TypeError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"the weights of {info.location} cannot be used ({first}): train the category again") from error

@@ -1,4 +1,4 @@
-"""From a trained network and photographs to anomaly maps and scores: KL map, feature map, calibration, ensemble, regions.
+"""From a trained network and photographs to anomaly maps and scores: KL map, feature map, ensemble, regions.
 
 The noise is a constant of the model (one draw per timestep, from the model's seed): the same photograph gets the same
 map in any batch, on any worker, on any night, and all photographs are compared under the same noise.
@@ -6,14 +6,13 @@ map in any batch, on any worker, on any night, and all photographs are compared 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage, stats
+from scipy import ndimage
 from torch import Tensor, nn
 
 from pipeline.config import Config
@@ -21,6 +20,7 @@ from pipeline.diffusion.loss import kl_map
 from pipeline.diffusion.process import DiffusionProcess
 from pipeline.diffusion.unet import UNet
 from pipeline.features import FeatureExtractor
+from pipeline.gaussian import ResidualGaussian
 from pipeline.images import to_unit_range
 
 
@@ -54,42 +54,38 @@ class Denoiser(nn.Module):
 
 
 class RawMaps(NamedTuple):
-    """Uncalibrated evidence per image and noise scale: kl (N, T, S, S) in bits; residuals (N, T, C, G, G), unitless."""
+    """Uncalibrated evidence of N images on T noise scales, float32."""
 
     kl: Tensor
+    """(N, T, S, S) at the network's side, bits."""
+    squares: Tensor
+    """(N, T, G, G): mean over channels of the squared feature residuals."""
     residuals: Tensor
+    """(N, C, G, G): feature residuals, averaged over the noise scales."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Statistics of held-out normal images; one entry per noise scale unless said otherwise.
-
-    Tensors are float32. Means and standard deviations refer to map pixels and are kept per cell of the feature grid.
-    """
+    """What held-out normal images say of the evidence, and what follows from it. Tensors are float32 on the scorer's device."""
 
     kl_mean: Tensor
-    """(T, G, G) of the smoothed KL map, bits."""
+    """(T, G, G) of the smoothed KL map, per cell of the feature grid, bits."""
     kl_std: Tensor
     """(T, G, G)."""
     feature_mean: Tensor
-    """(T, G, G) of the feature map."""
+    """(T,) of the feature map; (1,) where `gaussian` makes one map of all noise scales."""
     feature_std: Tensor
-    """(T, G, G)."""
-    residual_mean: Tensor
-    """(T, C)."""
-    whitening: Tensor
-    """(T, C, C): rows of the inverse Cholesky factor of the residuals' covariance; the identity when not whitening."""
+    """(T,) or (1,)."""
+    gaussian: ResidualGaussian | None
+    """Measures residuals; None takes their plain squares, as published."""
+    alpha: float
+    """Weight of the KL map in the combined map."""
     normal_scores: Tensor
     """(n,) sorted image scores of the held-out normal images."""
     threshold: float
     """Image score above which an image is anomalous at the configured false-alarm rate."""
     pixel_threshold: float
     """Map value above which a pixel belongs to a region, at the same rate per image."""
-
-    def to(self, device: torch.device | str) -> Calibration:
-        """The same on another device."""
-        tensors = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.type == "Tensor"}
-        return replace(self, **tensors)
 
 
 class Maps(NamedTuple):
@@ -164,16 +160,6 @@ def find_regions(map_hw: np.ndarray, threshold: float) -> list[Region]:
     return sorted(found, key=lambda region: -region.peak)
 
 
-def prediction_bound(values: np.ndarray, rate: float) -> float:
-    """Upper bound that a further value exceeds with probability `rate`: Student's one-sided prediction interval.
-
-    values float (n,), n >= 2. Wider than the plain quantile of a normal law because mean and deviation come from only n values.
-    """
-    n = len(values)
-    quantile = stats.t.ppf(1 - rate, n - 1)
-    return float(values.mean() + quantile * values.std(ddof=1) * np.sqrt(1 + 1 / n))
-
-
 class Scorer:
     """A trained network made ready to score on one device. Build once, call often."""
 
@@ -217,24 +203,18 @@ class Scorer:
             )
             target = self.denoiser.target(self.extractor(x))
         eps, v = output.prediction.float().chunk(2, dim=1)
-        kl = kl_map(self.process, x_start, x_t, t, eps, v)
+        kl = kl_map(self.process, x_start, x_t, t, eps, v).unflatten(0, (batch, steps))
         assert output.features is not None
-        residuals = target.repeat_interleave(steps, 0) - output.features
-        return RawMaps(kl.unflatten(0, (batch, steps))[:n], residuals.unflatten(0, (batch, steps))[:n])
-
-    def feature_maps(self, residuals: Tensor, calibration: Calibration) -> Tensor:
-        """Lu et al. 2023, eq. 10: mean over channels of the squared (whitened) residual, (N, T, C, G, G) -> (N, T, S, S)."""
-        if self.config.scoring.whiten:
-            centred = residuals - calibration.residual_mean[..., None, None]
-            residuals = torch.einsum("tdc,ntcxy->ntdxy", calibration.whitening, centred)
-        return self._upsample((residuals**2).mean(2))
+        residuals = target[:, None] - output.features.unflatten(0, (batch, steps))
+        return RawMaps(kl[:n], residuals.square().mean(2)[:n], residuals.mean(1)[:n])
 
     def smoothed_kl(self, kl: Tensor) -> Tensor:
         """KL maps (N, T, S', S') at the network's side -> smoothed maps (N, T, S, S) at map size."""
-        maps = self._upsample(kl)
+        maps = self.upsample(kl)
         return gaussian_blur(maps.flatten(0, 1), self.config.scoring.kl_sigma).view_as(maps)
 
-    def _upsample(self, maps: Tensor) -> Tensor:
+    def upsample(self, maps: Tensor) -> Tensor:
+        """(N, T, s, s) -> (N, T, map_size, map_size), bilinear."""
         side = self.config.scoring.map_size
         return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
 
@@ -242,16 +222,16 @@ class Scorer:
     def maps(self, raw: RawMaps, calibration: Calibration) -> Maps:
         """Lu et al. 2023, eq. 11: A = mean over t of alpha s_KL + (1 - alpha) s_feature, both calibrated."""
         scoring = self.config.scoring
-        kl, feature = self.smoothed_kl(raw.kl), self.feature_maps(raw.residuals, calibration)
+        kl, feature = self.smoothed_kl(raw.kl), feature_evidence(raw, calibration.gaussian)
         if scoring.normalisation == "image":
             # The released code: KL scaled by its own image, features left raw.
             kl = (kl - kl.mean((2, 3), keepdim=True)) / kl.std((2, 3), keepdim=True)
         else:
-            kl = (kl - self._upsample(calibration.kl_mean[None])) / self._upsample(calibration.kl_std[None])
-            feature_mean, feature_std = calibration.feature_mean[None], calibration.feature_std[None]
-            feature = (feature - self._upsample(feature_mean)) / self._upsample(feature_std)
-        kl, feature = (gaussian_blur(part.mean(1), scoring.map_sigma) for part in (kl, feature))
-        return Maps(scoring.alpha * kl + (1 - scoring.alpha) * feature, kl, feature)
+            kl = (kl - self.upsample(calibration.kl_mean[None])) / self.upsample(calibration.kl_std[None])
+            feature = (feature - calibration.feature_mean[:, None, None]) / calibration.feature_std[:, None, None]
+        parts = (kl.mean(1), self.upsample(feature).mean(1))
+        kl, feature = (gaussian_blur(part, scoring.map_sigma) for part in parts)
+        return Maps(calibration.alpha * kl + (1 - calibration.alpha) * feature, kl, feature)
 
     def score(self, images_nhwc: np.ndarray) -> ScoredImages:
         """Maps and scores of any number of photographs, uint8 (n, map_size, map_size, 3), n >= 1."""
@@ -261,83 +241,19 @@ class Scorer:
         for start in range(0, len(images_nhwc), batch):
             found = self.maps(self.raw_maps(images_nhwc[start : start + batch]), self.calibration)
             # Everything downstream sees float16: scores are taken from what is stored.
-            stored = found.combined.clamp(-65504, 65504).half()
+            stored = stored_map(found.combined)
             maps.append(stored.cpu().numpy())
             branches = [top_mean(part.float(), count) for part in (stored, found.kl, found.feature)]
             scores.append(torch.stack(branches).cpu().numpy())
         combined, kl, feature = np.concatenate(scores, axis=1)
         return ScoredImages(np.concatenate(maps), combined, kl, feature)
 
-    def calibrate(self, images_nhwc: np.ndarray) -> Calibration:
-        """Statistics of held-out normal photographs, uint8 (n, map_size, map_size, 3), n >= 2; kept in this scorer.
 
-        Passes over the images several times rather than holding their residuals.
-        """
-        batch = self.config.scoring.batch_size
-        chunks = [images_nhwc[start : start + batch] for start in range(0, len(images_nhwc), batch)]
-        residual_mean, whitening = self._residual_statistics(chunks)
-        steps, grid = len(self.config.scoring.timesteps), self.config.features.grid
-        zero, one = (torch.full((steps, grid, grid), value, device=self.device) for value in (0.0, 1.0))
-        empty = torch.zeros(0, device=self.device)
-        plain = Calibration(zero, one, zero, one, residual_mean, whitening, empty, 0.0, 0.0)
-        kl_sums = torch.zeros(2, steps, grid, grid, dtype=torch.float64, device=self.device)
-        feature_sums = torch.zeros_like(kl_sums)
-        for chunk in chunks:
-            raw = self.raw_maps(chunk)
-            for sums, maps in (
-                (kl_sums, self.smoothed_kl(raw.kl)),
-                (feature_sums, self.feature_maps(raw.residuals, plain)),
-            ):
-                squares = torch.stack([maps.double(), maps.double().square()])
-                sums += F.adaptive_avg_pool2d(squares.flatten(0, 2), grid).view(2, -1, steps, grid, grid).sum(1)
-        place_sigma = self.config.scoring.kl_place_sigma
-        kl_mean, kl_std = self._place_statistics(kl_sums / len(images_nhwc), place_sigma)
-        feature_mean, feature_std = self._place_statistics(feature_sums / len(images_nhwc), 0)
-        scaled = Calibration(kl_mean, kl_std, feature_mean, feature_std, residual_mean, whitening, empty, 0.0, 0.0)
-        self.calibration = scaled
-        result = self.score(images_nhwc)
-        rate = self.config.scoring.false_alarm_rate
-        self.calibration = Calibration(
-            kl_mean,
-            kl_std,
-            feature_mean,
-            feature_std,
-            residual_mean,
-            whitening,
-            torch.from_numpy(np.sort(result.scores)).float(),
-            prediction_bound(result.scores, rate),
-            prediction_bound(result.maps.reshape(len(images_nhwc), -1).max(1).astype(np.float64), rate),
-        )
-        return self.calibration
+def feature_evidence(raw: RawMaps, gaussian: ResidualGaussian | None) -> Tensor:
+    """Lu et al. 2023, eq. 10: squared residuals per noise scale (N, T, G, G), or their distance from normal (N, 1, G, G)."""
+    return raw.squares if gaussian is None else gaussian.distance(raw.residuals)[:, None]
 
-    def _place_statistics(self, sums: Tensor, place_sigma: float) -> tuple[Tensor, Tensor]:
-        """Mean values and mean squares (2, T, G, G) -> mean and deviation (T, G, G), pooled over neighbouring places."""
-        if place_sigma == 0:
-            pooled = sums.mean((2, 3), keepdim=True).expand_as(sums)
-        else:
-            sigma = place_sigma * sums.shape[-1] / self.config.scoring.map_size
-            pooled = gaussian_blur(sums.flatten(0, 1), sigma).view_as(sums)
-        mean, square = pooled
-        return mean.float(), (square - mean**2).clamp(min=1e-24).sqrt().float()
 
-    def _residual_statistics(self, chunks: Iterable[np.ndarray]) -> tuple[Tensor, Tensor]:
-        """Mean (T, C) and inverse Cholesky factor (T, C, C) of the residuals over all images and cells."""
-        count, total, outer = 0, None, None
-        for chunk in chunks:
-            cells = self.raw_maps(chunk).residuals.permute(1, 0, 3, 4, 2).flatten(1, 3).double()
-            count += cells.shape[1]
-            products = cells.transpose(1, 2) @ cells
-            total = cells.sum(1) if total is None else total + cells.sum(1)
-            outer = products if outer is None else outer + products
-        assert total is not None and outer is not None
-        mean = total / count
-        covariance = outer / count - mean[:, :, None] * mean[:, None, :]
-        channels = covariance.shape[-1]
-        eye = torch.eye(channels, dtype=torch.float64, device=self.device)
-        if not self.config.scoring.whiten:
-            return mean.float(), eye.expand_as(covariance).float().contiguous()
-        # A little of the mean variance on the diagonal keeps nearly constant channels from dominating.
-        ridge = 0.01 * covariance.diagonal(dim1=1, dim2=2).mean(1)
-        factor = torch.linalg.cholesky(covariance + ridge[:, None, None] * eye)
-        inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
-        return mean.float(), inverse.float()
+def stored_map(combined: Tensor) -> Tensor:
+    """A map as it is stored and measured: float16, limited to its finite range."""
+    return combined.clamp(-65504, 65504).half()

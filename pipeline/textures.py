@@ -50,7 +50,8 @@ def implant(
     `foreign_patch` and `perlin_blend` paste; by default one of the bundled photographs. Outside the mask the
     result equals the image bit for bit. The mask is never empty, and solid: pixels inside a defect that
     happen to keep their value belong to it. A scale above 1 asks for a larger and stronger defect. A grey
-    image stays grey. Same image, kind, scale and rng state: same result. Raises ValueError for an unknown kind or another shape or dtype.
+    image stays grey. Same image, kind, scale and rng state: same result. Raises ValueError for an unknown kind
+    or another shape or dtype.
     """
     if kind not in DEFECTS:
         raise ValueError(f"unknown defect {kind!r}: choose one of {', '.join(DEFECTS)}")
@@ -93,7 +94,7 @@ def write_dataset(
     test_normal: int = 20,
     test_defective: int = 30,
     defects: Sequence[str] = ("scratch", "spot", "stain", "missing_texture", "foreign_patch"),
-    scale: float = 2.0,
+    scale: float = 2.5,
     seed: int = 0,
 ) -> None:
     """Write the embedded data set in MVTec AD's layout: square RGB PNG, `image_size` px; counts per texture.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.calibration import calibrate
 from pipeline.config import Config, FeatureConfig, NetworkConfig, ScoringConfig, TrainingConfig
 from pipeline.diffusion.loss import Losses
 from pipeline.features import FeatureExtractor
@@ -33,7 +34,7 @@ TINY = Config(
     training=TrainingConfig(
         iterations=24, batch_size=4, learning_rate=2e-3, ema_decay=0.8, max_timestep=450, precision="float32"
     ),
-    scoring=ScoringConfig(map_size=32, batch_size=4, top_pixels=8, kl_sigma=1.0, map_sigma=1.0, whiten=True),
+    scoring=ScoringConfig(map_size=32, batch_size=4, top_pixels=8, kl_sigma=1.0, map_sigma=1.0, covariance="general"),
 )
 
 
@@ -77,8 +78,8 @@ def photographs() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def held_out() -> np.ndarray:
-    """Normal photographs of the same kind to calibrate on: uint8 (10, 32, 32, 3); not whole batches."""
-    return make_photographs(10, seed=2)
+    """Normal photographs of the same kind to calibrate on: uint8 (7, 32, 32, 3); not whole batches."""
+    return make_photographs(7, seed=2)
 
 
 @pytest.fixture(scope="session")
@@ -112,3 +113,22 @@ def fitted(training_run: tuple[Fit, list[Losses]]) -> Fit:
 def scorer(fitted: Fit, held_out: np.ndarray) -> Scorer:
     """The fitted model, calibrated. Shared: do not calibrate it again."""
     return fitted.calibrated(held_out)
+
+
+@pytest.fixture(scope="session")
+def calibrated(
+    fitted: Fit, variant: Callable[..., Config], held_out: np.ndarray, photographs: np.ndarray
+) -> Callable[..., Scorer]:
+    """calibrated(scoring={...}, ...): the fitted network under changed settings, calibrated with them."""
+    built: dict[str, Scorer] = {}
+
+    def build(**sections: dict[str, object]) -> Scorer:
+        config = variant(**sections)
+        if config.digest() not in built:
+            denoiser = fitted.result()
+            denoiser.config = config
+            built[config.digest()] = Scorer(denoiser, fitted.extractor)
+            calibrate(built[config.digest()], held_out, photographs)
+        return built[config.digest()]
+
+    return build

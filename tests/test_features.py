@@ -98,14 +98,14 @@ def test_extractor_is_frozen_but_lets_gradients_reach_the_image():
 
 
 def test_unknown_extractor_is_refused_in_one_line():
-    with pytest.raises(UserError, match="no model 'efficientnet_b99'.*tf_efficientnet_lite0") as caught:
+    with pytest.raises(UserError, match=r"no model 'efficientnet_b99'.*tf_efficientnet_lite0") as caught:
         FeatureExtractor("efficientnet_b99", stages=(0,), grid=8)
     assert "\n" not in str(caught.value)
 
 
 def test_extractor_whose_weights_are_out_of_reach_names_the_offline_ones(no_network, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="no weights for resnet18.*offline use one of tf_efficientnet_lite0") as caught:
+    with pytest.raises(UserError, match=r"no weights for resnet18.*offline use one of tf_efficientnet_lite0") as caught:
         load_backbone("resnet18", (0, 1))
     assert "\n" not in str(caught.value)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage, stats
+from scipy import ndimage
 
 from pipeline.scoring import (
     Denoiser,
@@ -16,23 +14,8 @@ from pipeline.scoring import (
     find_regions,
     fixed_noise,
     gaussian_blur,
-    prediction_bound,
     top_mean,
 )
-
-
-@pytest.fixture(scope="module")
-def calibrated(fitted, variant, held_out):
-    """calibrated(scoring={...}, ...): the fitted network under changed settings, calibrated anew."""
-
-    def build(**sections):
-        denoiser = fitted.result()
-        denoiser.config = variant(**sections)
-        scorer = Scorer(denoiser, fitted.extractor)
-        scorer.calibrate(held_out)
-        return scorer
-
-    return build
 
 
 def spoiled(images):
@@ -95,13 +78,17 @@ def test_the_noise_belongs_to_the_model(tiny, variant):
 def test_raw_maps_have_one_entry_per_noise_scale(scorer, fresh):
     raw = scorer.raw_maps(fresh[:3])
     assert raw.kl.shape == (3, 3, 16, 16)
-    assert raw.residuals.shape == (3, 3, 40, 8, 8)
+    assert raw.squares.shape == (3, 3, 8, 8)
+    assert raw.residuals.shape == (3, 40, 8, 8)
     assert (raw.kl >= 0).all()
 
 
 def test_labels_reach_a_network_with_classes(variant, extractor, fresh):
     torch.manual_seed(0)
     denoiser = Denoiser(variant(), extractor.channels, num_classes=3)
+    with torch.no_grad():
+        for parameter in denoiser.unet.parameters():  # no branch may stay at zero, as new ones do
+            parameter.add_(0.02 * torch.randn_like(parameter))
     first, second, again = (
         Scorer(denoiser, extractor, label=label).raw_maps(fresh[:2]).residuals for label in (0, 2, 0)
     )
@@ -113,96 +100,6 @@ def test_photographs_are_shrunk_by_area_average(scorer):
     x = torch.arange(32.0).repeat(1, 3, 32, 1)
     torch.testing.assert_close(scorer.denoiser.shrink(x)[0, 0, 0], torch.arange(16) * 2 + 0.5)
     assert scorer.denoiser.shrink(x[..., :16, :16]).shape == (1, 3, 16, 16)
-
-
-# ---- Calibration and ensemble ----
-
-
-@pytest.mark.parametrize("whiten", [False, True])
-def test_calibrated_normal_maps_have_mean_0_and_deviation_1(calibrated, held_out, whiten):
-    scorer = calibrated(scoring={"timesteps": (50,), "map_sigma": 0.0, "whiten": whiten})
-    kl, residuals = all_raw_maps(scorer, held_out)
-    maps = scorer.maps(type(scorer.raw_maps(held_out[:1]))(kl, residuals), scorer.calibration)
-    for branch in (maps.kl, maps.feature):
-        assert branch.mean().item() == pytest.approx(0, abs=1e-3)
-        assert branch.std().item() == pytest.approx(1, abs=0.02)
-
-
-def test_alpha_weighs_the_kl_branch(calibrated, fresh):
-    ends = {alpha: calibrated(scoring={"alpha": alpha}) for alpha in (0.0, 0.25, 1.0)}
-    maps = {alpha: scorer.maps(scorer.raw_maps(fresh[:4]), scorer.calibration) for alpha, scorer in ends.items()}
-    torch.testing.assert_close(maps[1.0].combined, maps[1.0].kl)
-    torch.testing.assert_close(maps[0.0].combined, maps[0.0].feature)
-    torch.testing.assert_close(maps[0.25].combined, 0.25 * maps[1.0].kl + 0.75 * maps[0.0].feature)
-    assert not torch.allclose(maps[0.0].combined, maps[1.0].combined)
-
-
-def test_alpha_0_and_1_score_like_their_branch(calibrated, fresh):
-    kl, feature = calibrated(scoring={"alpha": 1.0}).score(fresh), calibrated(scoring={"alpha": 0.0}).score(fresh)
-    np.testing.assert_allclose(kl.scores, kl.kl_scores, rtol=1e-3)
-    np.testing.assert_allclose(feature.scores, feature.feature_scores, rtol=1e-3)
-
-
-def test_whitening_turns_the_residuals_covariance_into_the_identity(calibrated, held_out):
-    scorer = calibrated(scoring={"whiten": True})
-    _, residuals = all_raw_maps(scorer, held_out)
-    for step in range(3):
-        cells = residuals[:, step].permute(1, 0, 2, 3).flatten(1).double().numpy()
-        mean, whitening = (
-            statistic[step].double().numpy()
-            for statistic in (scorer.calibration.residual_mean, scorer.calibration.whitening)
-        )
-        np.testing.assert_allclose(mean, cells.mean(axis=1), atol=1e-5)
-        covariance = np.cov(cells, bias=True)
-        assert np.linalg.norm(covariance / covariance.trace() - np.eye(40) / 40) > 0.1  # there is something to whiten
-        ridge = 0.01 * covariance.trace() / 40 * np.eye(40)
-        np.testing.assert_allclose(whitening @ (covariance + ridge) @ whitening.T, np.eye(40), atol=1e-3)
-        # The ridge takes from the nearly constant directions only.
-        spread = np.linalg.eigvalsh(whitening @ covariance @ whitening.T)
-        assert spread.max() <= 1 + 1e-3
-        assert np.median(spread) > 0.8
-
-
-def test_feature_map_is_the_mean_squared_residual(calibrated):
-    residuals = torch.randn(2, 3, 40, 8, 8, generator=torch.Generator().manual_seed(0))
-    plain = calibrated(scoring={"whiten": False})
-    expected = torch.nn.functional.interpolate(
-        (residuals**2).mean(2), size=(32, 32), mode="bilinear", align_corners=False
-    )
-    torch.testing.assert_close(plain.feature_maps(residuals, plain.calibration), expected)
-    whitened = calibrated(scoring={"whiten": True})
-    statistics = whitened.calibration
-    at = residuals[1, 2, :, 0, 0] - statistics.residual_mean[2]
-    # The corner pixel of the map lies inside the corner cell.
-    distance = (statistics.whitening[2] @ at).square().mean()
-    torch.testing.assert_close(whitened.feature_maps(residuals, statistics)[1, 2, 0, 0], distance)
-
-
-def test_image_normalisation_scales_kl_by_its_own_image_and_leaves_features(calibrated, fresh):
-    settings = {"normalisation": "image", "timesteps": (50,), "whiten": False, "map_sigma": 0.0}
-    scorer = calibrated(scoring=settings)
-    raw = scorer.raw_maps(fresh[:4])
-    maps = scorer.maps(raw, scorer.calibration)
-    for image in maps.kl:
-        assert image.mean().item() == pytest.approx(0, abs=1e-4)
-        assert image.std().item() == pytest.approx(1, abs=1e-4)
-    torch.testing.assert_close(maps.feature, scorer.feature_maps(raw.residuals, scorer.calibration)[:, 0])
-    assert np.isfinite(scorer.calibration.threshold)
-
-
-def test_thresholds_come_from_the_held_out_photographs(scorer, held_out):
-    found = scorer.score(held_out)
-    calibration = scorer.calibration
-    np.testing.assert_allclose(calibration.normal_scores, np.sort(found.scores), rtol=1e-6)
-    assert calibration.threshold == pytest.approx(prediction_bound(found.scores, 0.01))
-    peaks = found.maps.reshape(len(held_out), -1).max(axis=1).astype(np.float64)
-    assert calibration.pixel_threshold == pytest.approx(prediction_bound(peaks, 0.01))
-
-
-def test_a_stricter_false_alarm_rate_raises_both_thresholds(calibrated):
-    loose, strict = (calibrated(scoring={"false_alarm_rate": rate}).calibration for rate in (0.1, 0.001))
-    assert strict.threshold > loose.threshold
-    assert strict.pixel_threshold > loose.pixel_threshold
 
 
 def test_a_defect_is_found_where_it_is(scorer, fresh):
@@ -222,16 +119,6 @@ def test_a_defect_is_found_where_it_is(scorer, fresh):
 def test_a_scorer_without_calibration_does_not_score(fitted, fresh):
     with pytest.raises(AssertionError, match="without calibration"):
         Scorer(fitted.result(), fitted.extractor).score(fresh)
-
-
-def test_calibration_holds_float32_tensors_and_plain_numbers(scorer):
-    for field in dataclasses.fields(scorer.calibration):
-        value = getattr(scorer.calibration, field.name)
-        if field.type == "Tensor":
-            assert value.dtype == torch.float32, field.name
-            assert torch.isfinite(value).all(), field.name
-        else:
-            assert type(value) is float, field.name
 
 
 # ---- The small functions ----
@@ -287,13 +174,3 @@ def test_a_map_below_the_threshold_has_no_region():
     assert find_regions(np.full((4, 4), 1.5, np.float16), 1.5) == []
     (whole,) = find_regions(np.full((4, 5), 1.5, np.float16), 1.4)
     assert whole == Region(x=0, y=0, width=5, height=4, area=20, peak=1.5)
-
-
-@pytest.mark.parametrize(("count", "rate"), [(4, 0.01), (10, 0.05), (60, 0.01)])
-def test_prediction_bound_keeps_its_rate(count, rate):
-    rng = np.random.default_rng(count)
-    bounds = [prediction_bound(rng.normal(5, 3, count), rate) for _ in range(1500)]
-    # The chance that a further value exceeds each bound, averaged over many calibrations.
-    exceeded = stats.norm.sf(bounds, 5, 3)
-    assert exceeded.mean() == pytest.approx(rate, abs=4 * exceeded.std() / np.sqrt(len(bounds)))
-    assert exceeded.mean() == pytest.approx(rate, rel=0.2)

@@ -134,7 +134,7 @@ class Reference:
         return x + self.conv(f"{name}.out_layers.3", h, padding=1)
 
     def attention(self, name, x):
-        n, c, height, width = x.shape
+        n, c = x.shape[:2]
         size = SMALL["num_head_channels"]
         normal = self.norm(f"{name}.norm", x.reshape(n, c, -1))
         qkv = torch.einsum("oi,nip->nop", self.w[f"{name}.qkv.weight"][:, :, 0], normal)
@@ -227,6 +227,21 @@ def test_published_weights_give_the_published_outputs(num_classes):
     assert found.features is None
     assert expected.std() > 0.1
     torch.testing.assert_close(found.prediction, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_are_those_of_the_plain_rewriting():
+    weights = {name: value.requires_grad_() for name, value in random_checkpoint().items()}
+    x, timesteps = noisy_batch()
+    network = UNet.from_guided_diffusion({k: v.detach() for k, v in weights.items()}, **SMALL)
+    network(x, timesteps).prediction.square().sum().backward()
+    Reference(weights)(x, timesteps)[0].square().sum().backward()
+    largest = {name: weights[name].grad.abs().max().item() for name in weights}
+    # A norm right behind it swallows many a bias, whose gradient is then rounding error.
+    noise = 1e-6 * max(largest.values())
+    assert sum(size > 100 * noise for size in largest.values()) > 0.8 * len(largest)
+    for name, parameter in network.named_parameters():
+        found, expected = parameter.grad, weights[name].grad
+        assert (found - expected).abs().max() < 1e-3 * largest[name] + noise, name
 
 
 def test_network_names_its_tensors_as_published():

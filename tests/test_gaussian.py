@@ -1,0 +1,60 @@
+"""The Gaussians of residuals against plain numpy, and how they find what lies apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.gaussian import fit_general, fit_places
+
+GRID, CHANNELS = 4, 6
+
+
+@pytest.fixture(scope="module")
+def residuals() -> torch.Tensor:
+    """(200, 6, 4, 4) with correlated channels, and a mean and scale of its own at every place."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(CHANNELS, CHANNELS, generator=generator)
+    white = torch.randn(200, CHANNELS, GRID, GRID, generator=generator)
+    scale = torch.linspace(0.5, 2, GRID * GRID).view(GRID, GRID)
+    return torch.einsum("dc,ncxy->ndxy", mix, white) * scale + torch.randn(CHANNELS, GRID, GRID, generator=generator)
+
+
+def test_the_general_distance_equals_numpys(residuals: torch.Tensor) -> None:
+    gaussian = fit_general(residuals.split(64))
+    cells = residuals.permute(0, 2, 3, 1).reshape(-1, CHANNELS).double().numpy()
+    covariance = np.cov(cells.T, bias=True)
+    covariance += 0.01 * covariance.trace() / CHANNELS * np.eye(CHANNELS)
+    centred = cells - cells.mean(0)
+    expected = np.einsum("nc,cd,nd->n", centred, np.linalg.inv(covariance), centred) / CHANNELS
+    np.testing.assert_allclose(gaussian.distance(residuals).flatten(), expected, rtol=1e-3)
+
+
+def test_the_distance_at_a_place_equals_numpys(residuals: torch.Tensor) -> None:
+    general = fit_general([residuals])
+    gaussian = fit_places(residuals.split(64), general, seed=0)
+    place = (1, 3)
+    white = general.whitening[0].double().numpy() @ residuals[:, :, *place].double().numpy().T
+    shrinkage = CHANNELS / (CHANNELS + 200)
+    covariance = (1 - shrinkage) * np.cov(white) + shrinkage * np.eye(CHANNELS)
+    centred = white - white.mean(1, keepdims=True)
+    expected = np.einsum("cn,cd,dn->n", centred, np.linalg.inv(covariance), centred) / CHANNELS
+    np.testing.assert_allclose(gaussian.distance(residuals)[:, *place], expected, rtol=2e-3)
+
+
+def test_batches_do_not_matter(residuals: torch.Tensor) -> None:
+    general = fit_general([residuals])
+    for one, other in (
+        (general, fit_general(residuals.split(7))),
+        (fit_places([residuals], general, 0), fit_places(residuals.split(7), general, 0)),
+    ):
+        torch.testing.assert_close(one.distance(residuals), other.distance(residuals), rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_normal_elsewhere_is_only_seen_by_the_gaussian_of_its_place(residuals: torch.Tensor) -> None:
+    general = fit_general([residuals])
+    places = fit_places([residuals], general, seed=0)
+    misplaced = residuals.roll(8, dims=2).roll(3, dims=3)
+    assert places.distance(misplaced).mean() > 2 * places.distance(residuals).mean()
+    assert general.distance(misplaced).mean() == pytest.approx(general.distance(residuals).mean().item(), rel=0.01)
