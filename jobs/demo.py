@@ -13,7 +13,7 @@ from pipeline.ray_session import ray_session
 from pipeline.sheet import contact_sheet
 from pipeline.storage import Location, require_writable
 from pipeline.textures import write_dataset
-from pipeline.training import CategoryJob, train_categories
+from pipeline.training import TrainingJob, train_categories
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ def demo(options: Options) -> int:
     with ray_session() as resources:
         concurrent = min(len(options.textures), resources.gpus or resources.cpus)
         jobs = [
-            CategoryJob(
-                category=texture,
+            TrainingJob(
+                name=texture,
+                categories=(texture,),
                 dataset=dataset,
                 layout="mvtec",
                 models=models,

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.progress import show_training
 from pipeline.ray_session import Resources, ray_session
 from pipeline.storage import Location, require_writable
-from pipeline.training import CategoryJob, train_categories
+from pipeline.training import TrainingJob, train_categories
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Options:
     categories: tuple[str, ...] = ()
     """Categories to train; all of the data set when omitted."""
     preset: PresetName = "fast"
-    """Named settings: demo (seconds), fast (CPU, minutes), paper (as published, GPU), unified."""
+    """Named settings: demo and fast for a CPU (minutes a category), paper (as published) and unified (the same with one
+    network for all categories) for a GPU."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SECTION.FIELD=VALUE ...")] = ()
     """Settings that differ from the preset, such as training.iterations=200."""
     workers_per_category: int = 1
@@ -65,8 +66,9 @@ def train_all(options: Options) -> int:
         raise UserError("--workers-per-category must be at least 1 and --max-concurrent at least 0")
     if not options.dry_run:
         require_writable(models)
+    groups = {"joint": chosen} if config.joint else {category: (category,) for category in chosen}
     with ray_session() as resources:
-        concurrent, cpus, gpus = share(resources, len(chosen), options.workers_per_category, options.max_concurrent)
+        concurrent, cpus, gpus = share(resources, len(groups), options.workers_per_category, options.max_concurrent)
         console.print(
             f"{len(chosen)} categories of {dataset} ({layout}), preset {options.preset} [{config.digest()}], "
             f"{config.training.iterations} iterations; {concurrent} at once, "
@@ -78,8 +80,9 @@ def train_all(options: Options) -> int:
                 console.print(f"  {category}: {count} normal training images")
             return OK
         jobs = [
-            CategoryJob(
-                category=category,
+            TrainingJob(
+                name=name,
+                categories=group,
                 dataset=dataset,
                 layout=layout,
                 models=models,
@@ -88,12 +91,12 @@ def train_all(options: Options) -> int:
                 cpus_per_worker=cpus,
                 gpus_per_worker=gpus,
             )
-            for category in chosen
+            for name, group in groups.items()
         ]
         outcome = show_training(train_categories(jobs, max_concurrent=concurrent))
-    failed = [row.category for row in outcome if row.state == "failed"]
+    failed = [category for row in outcome if row.state == "failed" for category in groups[row.name]]
     if failed:
-        console.print(f"{len(failed)} of {len(outcome)} categories failed: {', '.join(failed)}", style="bold red")
+        console.print(f"{len(failed)} of {len(chosen)} categories failed: {', '.join(failed)}", style="bold red")
         return PARTIAL_FAILURE
     return OK
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pipeline.errors import UserError
 
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 """Where jobs print progress and results."""
 
 Options = TypeVar("Options")

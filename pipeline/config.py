@@ -130,6 +130,8 @@ class Config(Section):
 
     preset: str = "paper"
     """The preset it came from; informative."""
+    joint: bool = False
+    """One network for all categories of a run, told apart by class labels, instead of one per category."""
     schedule: Schedule = "linear"
     """Noise schedule over 1000 steps."""
     network: NetworkConfig = NetworkConfig()
@@ -182,7 +184,7 @@ PRESETS: dict[PresetName, Config] = {
             num_head_channels=32,
         ),
         features=FeatureConfig(grid=32, neighbourhood=3),
-        training=TrainingConfig(iterations=150, batch_size=8, learning_rate=4e-4, ema_decay=0.97, max_timestep=450),
+        training=TrainingConfig(iterations=120, batch_size=8, learning_rate=4e-4, ema_decay=0.97, max_timestep=450),
         scoring=ScoringConfig(
             alpha=None, kl_sigma=4.0, kl_place_sigma=16.0, map_sigma=4.0, covariance="general", batch_size=16
         ),
@@ -210,6 +212,7 @@ PRESETS: dict[PresetName, Config] = {
     ),
     "unified": Config(
         preset="unified",
+        joint=True,
         features=FeatureConfig(standardise=False),
         training=TrainingConfig(iterations=20_000, checkpoint_every=1000),
         scoring=ScoringConfig(normalisation="image", batch_size=8),

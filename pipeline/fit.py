@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.calibration import calibrate
 from pipeline.config import Config
 from pipeline.diffusion.loss import Losses, training_loss
 from pipeline.diffusion.process import DiffusionProcess
@@ -67,10 +66,11 @@ class Fit:
         images_nhwc: np.ndarray,
         extractor: FeatureExtractor,
         *,
+        labels: np.ndarray | None = None,
         device: torch.device | str = "cpu",
         rank: Rank | None = None,
     ) -> None:
-        """images_nhwc: the training photographs, uint8 (N, map_size, map_size, 3)."""
+        """images_nhwc: the training photographs, uint8 (N, map_size, map_size, 3); labels: their classes (N,), when joint."""
         training = config.training
         self.config = config
         self.device = torch.device(device)
@@ -80,10 +80,14 @@ class Fit:
                 f"training.batch_size {training.batch_size} does not divide among {self.rank.count} workers: change one of them"
             )
         self.images = torch.from_numpy(images_nhwc)
+        self.labels = None if labels is None else torch.from_numpy(labels)
+        self.num_classes = None if labels is None else int(labels.max()) + 1
         self.extractor = extractor.to(self.device).to(memory_format=torch.channels_last)
         self.process = DiffusionProcess.from_schedule(config.schedule)
         torch.manual_seed(training.seed)
-        self.denoiser = Denoiser(config, extractor.channels).to(self.device).to(memory_format=torch.channels_last)
+        self.denoiser = (
+            Denoiser(config, extractor.channels, self.num_classes).to(self.device).to(memory_format=torch.channels_last)
+        )
         if config.features.standardise:
             self._measure_features()
         self.average = [p.detach().clone() for p in self.denoiser.unet.parameters()]
@@ -148,7 +152,8 @@ class Fit:
         x_start = self.denoiser.shrink(x)
         x_t = self.process.q_sample(x_start, t, noise).contiguous(memory_format=torch.channels_last)
         with self._autocast():
-            output = self.module(x_t, self.process.network_timesteps(t))
+            labels = None if self.labels is None else self.labels[indices].to(self.device)
+            output = self.module(x_t, self.process.network_timesteps(t), labels)
         losses = training_loss(
             self.process,
             x_start=x_start,
@@ -177,17 +182,15 @@ class Fit:
 
     def result(self) -> Denoiser:
         """A copy of the network with the averaged weights, ready to score."""
-        denoiser = Denoiser(self.config, self.extractor.channels)
+        denoiser = Denoiser(self.config, self.extractor.channels, self.num_classes)
         denoiser.load_state_dict(self.denoiser.state_dict())
         for parameter, average in zip(denoiser.unet.parameters(), self.average, strict=True):
             parameter.data.copy_(average)
         return denoiser
 
-    def calibrated(self, held_out_nhwc: np.ndarray) -> Scorer:
-        """A scorer with the averaged weights, calibrated on held-out normal photographs."""
-        scorer = Scorer(self.result(), self.extractor, device=self.device)
-        calibrate(scorer, held_out_nhwc, self.images.numpy())
-        return scorer
+    def scorer(self, label: int | None = None) -> Scorer:
+        """A scorer with the averaged weights, not yet calibrated; for one class when joint."""
+        return Scorer(self.result(), self.extractor, device=self.device, label=label)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs; loads with torch.load(weights_only=True)."""

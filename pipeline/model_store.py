@@ -7,6 +7,7 @@ MODELS/<category>/latest.json               {"version": ...}; written last
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
@@ -43,6 +44,8 @@ class ModelInfo:
     config: Config
     calibration: dict[str, float]
     """alpha, threshold and pixel_threshold."""
+    classes: tuple[str, ...] | None
+    """The categories that share the network, in the order of their labels; None for a network of its own."""
     provenance: dict[str, Any]
     """Where it comes from: data, counts, losses, package versions, time."""
 
@@ -57,7 +60,14 @@ def package_versions() -> dict[str, str]:
     return {name: package_version(name) for name in ("defectmap", "torch", "timm", "numpy", "pillow", "ray")}
 
 
-def save_model(models: Location, category: str, version: str, scorer: Scorer, provenance: dict[str, Any]) -> Location:
+def save_model(
+    models: Location,
+    category: str,
+    version: str,
+    scorer: Scorer,
+    classes: Sequence[str] | None,
+    provenance: dict[str, Any],
+) -> Location:
     """Store a calibrated scorer as MODELS/<category>/<version> and make it the latest. Returns its folder."""
     assert scorer.calibration is not None
     folder = models / category / version
@@ -74,6 +84,7 @@ def save_model(models: Location, category: str, version: str, scorer: Scorer, pr
             "version": version,
             "config": scorer.config.model_dump(mode="json"),
             "calibration": {name: getattr(scorer.calibration, name) for name in _NUMBERS},
+            "classes": None if classes is None else list(classes),
             "provenance": provenance,
         }
     )
@@ -114,7 +125,8 @@ def model_info(models: Location, category: str, version: str | None = None) -> M
         )
     try:
         config = Config.model_validate(text["config"])
-        return ModelInfo(folder, category, text["version"], config, text["calibration"], text["provenance"])
+        classes = None if text["classes"] is None else tuple(text["classes"])
+        return ModelInfo(folder, category, text["version"], config, text["calibration"], classes, text["provenance"])
     except (ValidationError, KeyError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"{folder}/model.json does not fit this release ({first}): train the category again") from error
@@ -126,7 +138,7 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
         tensors = load_tensors((info.location / "weights.safetensors").read_bytes())
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         extractor = FeatureExtractor.of(info.config.features)
-        denoiser = Denoiser(info.config, extractor.channels)
+        denoiser = Denoiser(info.config, extractor.channels, len(info.classes) if info.classes else None)
         denoiser.load_state_dict(_under("denoiser.", tensors))
         gaussian = _under("gaussian.", tensors)
         known: dict[str, Any] = {**_under("calibration.", tensors), **info.calibration}
@@ -134,7 +146,8 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
     except (FileNotFoundError, SafetensorError, RuntimeError, TypeError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"the weights of {info.location} cannot be used ({first}): train the category again") from error
-    return Scorer(denoiser, extractor, calibration, device=device)
+    label = info.classes.index(info.category) if info.classes else None
+    return Scorer(denoiser, extractor, calibration, device=device, label=label)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,14 +20,14 @@ LOG_EVERY = 30.0
 def training_table(rows: list[Progress], title: str) -> Table:
     """State, step, losses, minutes so far and to go, and the outcome of every category."""
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for name in ("category", "state", "step", "noise", "bound", "feature", "time", "left", "result"):
-        text = name in ("category", "state", "result")
+    for name in ("network", "state", "step", "noise", "bound", "feature", "time", "left", "result"):
+        text = name in ("network", "state", "result")
         table.add_column(name, justify="left" if text else "right", no_wrap=name != "result", overflow="fold")
     for row in rows:
         losses = [f"{row.losses[name]:.3f}" if row.losses else "" for name in ("noise", "bound", "feature")]
         left = row.seconds / row.step * (row.iterations - row.step) if row.step else 0.0
         table.add_row(
-            row.category,
+            row.name,
             row.state,
             f"{row.step}/{row.iterations}",
             *losses,
@@ -49,12 +49,12 @@ def show_training(snapshots: Iterable[list[Progress]]) -> list[Progress]:
         shown = 0.0
         states: dict[str, State] = {}
         for rows in snapshots:
-            now = {row.category: row.state for row in rows}
+            now = {row.name: row.state for row in rows}
             if now != states or time.monotonic() - shown > LOG_EVERY:
                 shown, states = time.monotonic(), now
                 for row in rows:
                     if row.state == "running":
-                        console.print(f"{row.category}: step {row.step}/{row.iterations} {_minutes(row.seconds)}")
+                        console.print(f"{row.name}: step {row.step}/{row.iterations} {_minutes(row.seconds)}")
     console.print(training_table(rows, "trained"))
     return rows
 

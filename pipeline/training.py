@@ -18,6 +18,7 @@ import ray.train
 import ray.train.torch
 import torch
 
+from pipeline.calibration import calibrate
 from pipeline.config import Config
 from pipeline.datasets import Layout, Record, training_records
 from pipeline.errors import UserError
@@ -33,10 +34,13 @@ REPORT_EVERY = 5
 
 
 @dataclass(frozen=True)
-class CategoryJob:
-    """All that a training worker needs to know; plain values, so that it travels."""
+class TrainingJob:
+    """One network to fit: all that a training worker needs to know. Plain values, so that it travels."""
 
-    category: str
+    name: str
+    """What progress calls it: the category, or "joint"."""
+    categories: tuple[str, ...]
+    """The category, or all that share the network."""
     dataset: Location
     layout: Layout
     models: Location
@@ -47,16 +51,16 @@ class CategoryJob:
 
     @property
     def run_name(self) -> str:
-        """Names the checkpoints of one interrupted run: same category, data set and settings, same run."""
-        where = hashlib.sha256(self.dataset.uri.encode()).hexdigest()[:8]
-        return f"{self.category}-{self.config.digest()}-{where}"
+        """Names the checkpoints of one interrupted run: same categories, data set and settings, same run."""
+        what = hashlib.sha256("\0".join([self.dataset.uri, *self.categories]).encode()).hexdigest()[:8]
+        return f"{self.name}-{self.config.digest()}-{what}"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where one category stands."""
+    """Where one network stands."""
 
-    category: str
+    name: str
     iterations: int
     state: State = "queued"
     step: int = 0
@@ -75,9 +79,9 @@ class ProgressBoard:
     def __init__(self) -> None:
         self.facts: dict[str, dict[str, Any]] = {}
 
-    def post(self, category: str, facts: dict[str, Any]) -> None:
-        """Add to what is known of a category."""
-        self.facts.setdefault(category, {}).update(facts)
+    def post(self, name: str, facts: dict[str, Any]) -> None:
+        """Add to what is known of a network."""
+        self.facts.setdefault(name, {}).update(facts)
 
     def read(self) -> dict[str, dict[str, Any]]:
         """Everything known."""
@@ -102,39 +106,46 @@ def data_fingerprint(images_nhwc: np.ndarray) -> str:
     return hashlib.sha256(images_nhwc.tobytes()).hexdigest()[:16]
 
 
-def fit_category(settings: dict[str, Any]) -> None:
+def fit_network(settings: dict[str, Any]) -> None:
     """Ray Train's train function, one call per worker: load, resume, train, calibrate, store.
 
     What the user can mend, or a diverged loss, is posted and ends the run without a retry; anything else propagates to
     Ray Train, which starts the workers again from the last checkpoint.
     """
-    job: CategoryJob = settings["job"]
+    job: TrainingJob = settings["job"]
     board = settings["board"]
     context = ray.train.get_context()
     leader = context.get_world_rank() == 0
     torch.set_num_threads(job.cpus_per_worker)
     try:
-        _fit_category(job, board, context, leader)
+        _fit_network(job, board, context, leader)
     except (UserError, FloatingPointError, torch.OutOfMemoryError) as error:
         reason = " ".join(str(error).split())
-        ray.get(board.post.remote(job.category, {"state": "failed", "reason": reason}))
+        ray.get(board.post.remote(job.name, {"state": "failed", "reason": reason}))
 
 
-def _fit_category(job: CategoryJob, board: Any, context: Any, leader: bool) -> None:
+def _fit_network(job: TrainingJob, board: Any, context: Any, leader: bool) -> None:
     started = time.time()
-    board.post.remote(job.category, {"state": "running"})
+    board.post.remote(job.name, {"state": "running"})
     config = job.config
-    records = training_records(job.dataset, job.layout, job.category)
-    if len(records) < FEWEST_IMAGES:
-        raise UserError(
-            f"category {job.category!r} has {len(records)} normal training images: at least {FEWEST_IMAGES} are needed"
-        )
-    images = load_photographs(records, config.scoring.map_size)
-    fingerprint = data_fingerprint(images)
-    training, held_out = split_holdout(len(images), config.training.holdout_fraction, config.training.seed)
-    extractor = FeatureExtractor.of(config.features)
+    photographs = {category: _load_category(job, category) for category in job.categories}
+    fingerprint = data_fingerprint(np.concatenate(list(photographs.values())))
+    splits = {
+        category: split_holdout(len(images), config.training.holdout_fraction, config.training.seed)
+        for category, images in photographs.items()
+    }
+    training = {category: images[splits[category][0]] for category, images in photographs.items()}
+    counts = [len(images) for images in training.values()]
+    classes = job.categories if config.joint else None
     rank = Rank(context.get_world_rank(), context.get_world_size())
-    fit = Fit(config, images[training], extractor, device=ray.train.torch.get_device(), rank=rank)
+    fit = Fit(
+        config,
+        np.concatenate(list(training.values())),
+        FeatureExtractor.of(config.features),
+        labels=np.repeat(np.arange(len(counts)), counts) if classes else None,
+        device=ray.train.torch.get_device(),
+        rank=rank,
+    )
     _resume(fit, fingerprint)
     resumed_at = fit.step
     if rank.count > 1:
@@ -151,30 +162,40 @@ def _fit_category(job: CategoryJob, board: Any, context: Any, leader: bool) -> N
         if leader and (fit.step % REPORT_EVERY == 0 or fit.finished):
             means = dict(zip(("noise", "bound", "feature"), np.mean(recent, 0).tolist(), strict=True))
             seconds = time.time() - started
-            board.post.remote(job.category, {"step": fit.step, "losses": means, "seconds": seconds})
+            board.post.remote(job.name, {"step": fit.step, "losses": means, "seconds": seconds})
             recent.clear()
         if fit.step % config.training.checkpoint_every == 0 and not fit.finished:
             _checkpoint(fit, fingerprint, leader)
 
     if leader:
-        scorer = fit.calibrated(images[held_out])
         now = datetime.now(UTC)
         version = new_version(config, now)
-        provenance = {
-            "dataset": job.dataset.uri,
-            "data_fingerprint": fingerprint,
-            "training_images": len(training),
-            "held_out_images": len(held_out),
-            "resumed_at_step": resumed_at,
-            "seconds": round(time.time() - started, 1),
-            "losses": means,
-            "packages": package_versions(),
-            "created": now.isoformat(timespec="seconds"),
-        }
-        save_model(job.models, job.category, version, scorer, provenance)
-        ray.get(
-            board.post.remote(job.category, {"state": "done", "version": version, "seconds": time.time() - started})
+        for label, (category, images) in enumerate(photographs.items()):
+            held_out = images[splits[category][1]]
+            scorer = fit.scorer(label if classes else None)
+            calibrate(scorer, held_out, training[category])
+            provenance = {
+                "dataset": job.dataset.uri,
+                "data_fingerprint": fingerprint,
+                "training_images": len(training[category]),
+                "held_out_images": len(held_out),
+                "resumed_at_step": resumed_at,
+                "seconds": round(time.time() - started, 1),
+                "losses": means,
+                "packages": package_versions(),
+                "created": now.isoformat(timespec="seconds"),
+            }
+            save_model(job.models, category, version, scorer, classes, provenance)
+        ray.get(board.post.remote(job.name, {"state": "done", "version": version, "seconds": time.time() - started}))
+
+
+def _load_category(job: TrainingJob, category: str) -> np.ndarray:
+    records = training_records(job.dataset, job.layout, category)
+    if len(records) < FEWEST_IMAGES:
+        raise UserError(
+            f"category {category!r} has {len(records)} normal training images: at least {FEWEST_IMAGES} are needed"
         )
+    return load_photographs(records, job.config.scoring.map_size)
 
 
 def _resume(fit: Fit, fingerprint: str) -> None:
@@ -203,11 +224,11 @@ def run_storage(models: Location) -> Location:
     return models / "_runs"
 
 
-def _train_one(job: CategoryJob, board: Any) -> None:
+def _train_one(job: TrainingJob, board: Any) -> None:
     storage = run_storage(job.models)
     filesystem, path = storage.arrow_filesystem()
     trainer = ray.train.torch.TorchTrainer(
-        fit_category,
+        fit_network,
         train_loop_config={"job": job, "board": board},
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.workers,
@@ -228,21 +249,21 @@ def _train_one(job: CategoryJob, board: Any) -> None:
     except Exception as error:  # whatever fails, the other categories go on
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[-1] if lines else type(error).__name__
-        ray.get(board.post.remote(job.category, {"state": "failed", "reason": reason}))
+        ray.get(board.post.remote(job.name, {"state": "failed", "reason": reason}))
         return
     (storage / job.run_name).remove_tree()
 
 
-def train_categories(jobs: list[CategoryJob], *, max_concurrent: int) -> Iterator[list[Progress]]:
-    """Fit all categories, at most `max_concurrent` at once; yields where each stands about twice a second.
+def train_categories(jobs: list[TrainingJob], *, max_concurrent: int) -> Iterator[list[Progress]]:
+    """Fit all networks, at most `max_concurrent` at once; yields where each stands about twice a second.
 
-    The last value yielded is the outcome: every category is then done or failed. One failure stops nobody else.
+    The last value yielded is the outcome: every network is then done or failed. One failure stops nobody else.
     """
     board = ray.remote(num_cpus=0)(ProgressBoard).remote()
 
     def snapshot() -> list[Progress]:
         facts = ray.get(board.read.remote())
-        return [Progress(job.category, job.config.training.iterations, **facts.get(job.category, {})) for job in jobs]
+        return [Progress(job.name, job.config.training.iterations, **facts.get(job.name, {})) for job in jobs]
 
     with ThreadPoolExecutor(max_concurrent) as pool:
         futures = [pool.submit(_train_one, job, board) for job in jobs]

@@ -110,9 +110,11 @@ def fitted(training_run: tuple[Fit, list[Losses]]) -> Fit:
 
 
 @pytest.fixture(scope="session")
-def scorer(fitted: Fit, held_out: np.ndarray) -> Scorer:
+def scorer(fitted: Fit, held_out: np.ndarray, photographs: np.ndarray) -> Scorer:
     """The fitted model, calibrated. Shared: do not calibrate it again."""
-    return fitted.calibrated(held_out)
+    scorer = fitted.scorer()
+    calibrate(scorer, held_out, photographs)
+    return scorer
 
 
 @pytest.fixture(scope="session")

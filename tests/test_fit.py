@@ -170,7 +170,9 @@ def test_batches_depend_on_seed_and_step_alone():
     assert batch_indices(16, 3, 4, 0).tolist() != batch_indices(16, 3, 4, 1).tolist()
 
 
-@pytest.mark.parametrize(("count", "fraction", "held"), [(100, 0.1, 10), (8, 0.1, 4), (209, 0.25, 52)])
+@pytest.mark.parametrize(
+    ("count", "fraction", "held"), [(100, 0.1, 10), (8, 0.1, 4), (209, 0.25, 52), (3000, 0.1, 200)]
+)
 def test_holdout_is_a_part_of_the_photographs_and_no_part_of_training(count, fraction, held):
     training, held_out = split_holdout(count, fraction, seed=0)
     assert len(held_out) == held

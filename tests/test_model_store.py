@@ -36,7 +36,7 @@ def models(tmp_path):
 @pytest.fixture
 def stored(models, scorer, tiny):
     """The folder of the one stored model, of category cloth, as a pathlib path."""
-    return as_path(save_model(models, "cloth", new_version(tiny, NOW), scorer, PROVENANCE))
+    return as_path(save_model(models, "cloth", new_version(tiny, NOW), scorer, None, PROVENANCE))
 
 
 def as_path(location):
@@ -108,7 +108,7 @@ def test_versions_sort_by_time_and_name_the_settings(tiny, variant):
 
 
 def test_latest_is_what_was_saved_last_and_older_versions_stay(models, stored, scorer):
-    save_model(models, "cloth", "second", scorer, {"training_images": 17})
+    save_model(models, "cloth", "second", scorer, None, {"training_images": 17})
     assert model_info(models, "cloth").version == "second"
     older = model_info(models, "cloth", stored.name)
     assert older.version == stored.name
@@ -116,7 +116,7 @@ def test_latest_is_what_was_saved_last_and_older_versions_stay(models, stored, s
 
 
 def test_categories_are_those_with_a_latest_model(models, stored, scorer):
-    save_model(models, "bolt", "first", scorer, {})
+    save_model(models, "bolt", "first", scorer, None, {})
     (as_path(models) / "unfinished" / "first").mkdir(parents=True)
     assert model_categories(models) == ["bolt", "cloth"]
 

@@ -25,12 +25,6 @@ def spoiled(images):
     return images
 
 
-def all_raw_maps(scorer, images):
-    batch = scorer.config.scoring.batch_size
-    raws = [scorer.raw_maps(images[start : start + batch]) for start in range(0, len(images), batch)]
-    return [torch.cat(parts) for parts in zip(*raws, strict=True)]
-
-
 # ---- A photograph's map is its own ----
 
 
