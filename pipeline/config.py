@@ -203,17 +203,18 @@ PRESETS: dict[PresetName, Config] = {
         training=TrainingConfig(iterations=400, batch_size=4, learning_rate=4e-4, ema_decay=0.99, max_timestep=450),
         scoring=ScoringConfig(alpha=None, kl_sigma=4.0, kl_place_sigma=16.0, map_sigma=2.0, covariance="select"),
     ),
-    # The published recipe; scoring.normalisation "image" is what its code does to the KL map.
+    # The published recipe; scoring.normalisation "image" is what its code does to the KL map. Its extractor's weights come
+    # from a model hub: without one, set features.extractor=tf_efficientnet_lite0.
     "paper": Config(
         preset="paper",
-        features=FeatureConfig(standardise=False),
+        features=FeatureConfig(extractor="tf_efficientnet_b4", standardise=False),
         training=TrainingConfig(checkpoint_every=1000),
         scoring=ScoringConfig(normalisation="image", batch_size=8),
     ),
     "unified": Config(
         preset="unified",
         joint=True,
-        features=FeatureConfig(standardise=False),
+        features=FeatureConfig(extractor="tf_efficientnet_b4", standardise=False),
         training=TrainingConfig(iterations=20_000, checkpoint_every=1000),
         scoring=ScoringConfig(normalisation="image", batch_size=8),
     ),

@@ -74,7 +74,7 @@ def resize_features(features: Tensor, grid: int) -> Tensor:
 
 def load_backbone(name: str, stages: Sequence[int]) -> nn.Module:
     """A frozen timm feature network with ImageNet weights. Raises UserError when the name or its weights are not to be had."""
-    if name not in timm.list_models():
+    if not timm.is_model(name):
         raise UserError(
             f"timm has no model {name!r}: choose one that timm.list_models() shows, or {sorted(OFFLINE_WEIGHTS)}"
         )
@@ -84,7 +84,10 @@ def load_backbone(name: str, stages: Sequence[int]) -> nn.Module:
         except Exception as error:  # the hub client raises a different type for each way to be offline
             offline = ", ".join(sorted(OFFLINE_WEIGHTS))
             raise UserError(f"no weights for {name}: {error}; offline use one of {offline}") from error
-    backbone = timm.create_model(name, pretrained=False, features_only=True, out_indices=tuple(stages))
+    try:
+        backbone = timm.create_model(name, pretrained=False, features_only=True, out_indices=tuple(stages))
+    except IndexError as error:
+        raise UserError(f"{name} has no stage {max(stages)}: lower features.stages, first stage 0") from error
     weights = offline_weights(name)
     backbone.load_state_dict({key: weights[key] for key in backbone.state_dict()})
     return backbone

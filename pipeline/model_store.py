@@ -128,7 +128,7 @@ def model_info(models: Location, category: str, version: str | None = None) -> M
         classes = None if text["classes"] is None else tuple(text["classes"])
         return ModelInfo(folder, category, text["version"], config, text["calibration"], classes, text["provenance"])
     except (ValidationError, KeyError) as error:
-        first = str(error).splitlines()[0]
+        first = "; ".join(line.strip() for line in str(error).splitlines()[:3])
         raise UserError(f"{folder}/model.json does not fit this release ({first}): train the category again") from error
 
 
@@ -144,7 +144,7 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
         known: dict[str, Any] = {**_under("calibration.", tensors), **info.calibration}
         calibration = Calibration(gaussian=ResidualGaussian(**gaussian) if gaussian else None, **known)
     except (FileNotFoundError, SafetensorError, RuntimeError, TypeError) as error:
-        first = str(error).splitlines()[0]
+        first = "; ".join(line.strip() for line in str(error).splitlines()[:3])
         raise UserError(f"the weights of {info.location} cannot be used ({first}): train the category again") from error
     label = info.classes.index(info.category) if info.classes else None
     return Scorer(denoiser, extractor, calibration, device=device, label=label)

@@ -128,6 +128,28 @@ class TestTraining:
         succeeded(job("train_all", *arguments))
         assert model_info(Location.parse(models), "brick").provenance["resumed_at_step"] >= 5
 
+    def test_one_network_serves_all_categories_in_the_unified_preset(self, dataset: Path, tmp_path: Path) -> None:
+        models = tmp_path / "models"
+        small = [
+            "features.extractor=tf_efficientnet_lite0",
+            "network.model_channels=32",
+            "network.num_head_channels=32",
+        ]
+        succeeded(job("train_all", "--dataset", dataset, "--models", models, "--preset", "unified", *TINY, *small))
+        infos = [model_info(Location.parse(models), name) for name in TEXTURES]
+        assert [info.classes for info in infos] == [TEXTURES, TEXTURES]
+        assert infos[0].version == infos[1].version
+        output = succeeded(job("evaluate", "--dataset", dataset, "--models", models, "--results", tmp_path / "results"))
+        assert "18 images in = 18 scored" in output
+
+    def test_two_workers_share_a_batch(self, dataset: Path, models: Path, tmp_path: Path) -> None:
+        arguments = ["--dataset", dataset, "--models", tmp_path / "models", "--categories", "brick", "--preset", "demo"]
+        succeeded(job("train_all", *arguments, "--workers-per-category", "2", *TINY))
+        alone = model_info(Location.parse(models), "brick").provenance["losses"]
+        shared = model_info(Location.parse(tmp_path / "models"), "brick").provenance["losses"]
+        # The leader reports the loss of its half of the batch.
+        assert shared["noise"] == pytest.approx(alone["noise"], rel=0.2)
+
 
 @pytest.mark.slow
 class TestScoring:

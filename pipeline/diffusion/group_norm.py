@@ -41,27 +41,24 @@ class _CpuGroupNorm(torch.autograd.Function):
         (grad,) = grads
         n, c, height, width = x.shape
         groups, pixels = ctx.groups, height * width
-        # Views without a copy where the tensors are channels-last.
-        x_rows = x.permute(0, 2, 3, 1).reshape(n, pixels, c)
-        grad_rows = grad.permute(0, 2, 3, 1).reshape(n, pixels, c)
-        # A product with ones sums in float32 at matrix speed; a plain sum over a middle axis does not.
-        ones = torch.ones(n, 1, pixels, dtype=x.dtype)
-        sum_grad = torch.bmm(ones, grad_rows).float().view(n, groups, -1)
-        sum_grad_x = torch.bmm(ones, grad_rows * x_rows).float().view(n, groups, -1)
-        mean, rstd = mean.float().view(n, groups, 1), rstd.float().view(n, groups, 1)
         w = weight.float().view(1, groups, -1)
-        sum_grad_xhat = (sum_grad_x - mean * sum_grad) * rstd
-        # dL/dx = rstd (w grad - mean_group(w grad) - xhat mean_group(w grad xhat)), as grad * a + x * b + constant.
-        count = pixels * c // groups
-        mean_grad = (w * sum_grad).sum(-1, keepdim=True) / count
-        mean_grad_xhat = (w * sum_grad_xhat).sum(-1, keepdim=True) / count
-        b = -rstd * rstd * mean_grad_xhat
-        constant = -rstd * mean_grad - mean * b
+        mean, rstd = mean.float().view(n, groups, 1), rstd.float().view(n, groups, 1)
 
         def per_channel(values: Tensor) -> Tensor:
             return values.expand(n, groups, c // groups).reshape(n, 1, c).to(grad.dtype)
 
-        rows = (grad_rows * per_channel(w * rstd)).addcmul_(x_rows, per_channel(b)).add_(per_channel(constant))
+        # Views without a copy where the tensors are channels-last. Centred first: in bfloat16 the mean would drown the rest.
+        grad_rows = grad.permute(0, 2, 3, 1).reshape(n, pixels, c)
+        centred = x.permute(0, 2, 3, 1).reshape(n, pixels, c) - per_channel(mean)
+        # A product with ones sums in float32 at matrix speed; a plain sum over a middle axis does not.
+        ones = torch.ones(n, 1, pixels, dtype=x.dtype)
+        sum_grad = torch.bmm(ones, grad_rows).float().view(n, groups, -1)
+        sum_grad_xhat = torch.bmm(ones, grad_rows * centred).float().view(n, groups, -1) * rstd
+        # dL/dx = rstd (w grad - mean_group(w grad) - xhat mean_group(w grad xhat)), as grad * a + centred * b + constant.
+        count = pixels * c // groups
+        constant = -rstd * (w * sum_grad).sum(-1, keepdim=True) / count
+        b = -rstd * rstd * (w * sum_grad_xhat).sum(-1, keepdim=True) / count
+        rows = (grad_rows * per_channel(w * rstd)).addcmul_(centred, per_channel(b)).add_(per_channel(constant))
         grad_x = rows.view(n, height, width, c).permute(0, 3, 1, 2)
         grad_weight = sum_grad_xhat.reshape(n, c).sum(0).to(weight.dtype)
         return grad_x, grad_weight, sum_grad.reshape(n, c).sum(0).to(weight.dtype), None, None
