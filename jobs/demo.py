@@ -26,19 +26,25 @@ class Options:
     """Photographs to use: brick, grass, gravel; each becomes a category."""
     set: tuple[str, ...] = ()
     """Settings that differ from the preset demo, such as training.iterations=50."""
+    dry_run: bool = False
+    """Print the plan and stop."""
 
 
 def demo(options: Options) -> int:
     """Run the demonstration; returns the exit status."""
     clock = time.monotonic()
     output = Location.parse(options.output)
-    require_writable(output)
+    textures = tuple(dict.fromkeys(options.textures))
     dataset, models, results = output / "dataset", output / "models", output / "results"
     config = load_config("demo", options.set)
-    write_dataset(dataset, textures=options.textures)
-    console.print(f"data set of {', '.join(options.textures)} with implanted defects in {dataset}", markup=False)
+    console.print(f"{', '.join(textures)} to {output}: {config.training.iterations} iterations each", markup=False)
+    if options.dry_run:
+        return OK
+    require_writable(output)
+    write_dataset(dataset, textures=textures)
+    console.print(f"data set of {', '.join(textures)} with implanted defects in {dataset}", markup=False)
     with ray_session() as resources:
-        concurrent = min(len(options.textures), resources.gpus or resources.cpus)
+        concurrent = min(len(textures), resources.gpus or resources.cpus)
         jobs = [
             TrainingJob(
                 name=texture,
@@ -48,15 +54,15 @@ def demo(options: Options) -> int:
                 models=models,
                 config=config,
                 workers=1,
-                cpus_per_worker=max(1, resources.cpus // concurrent),
+                cpus_per_worker=max(1, min(resources.cpus // concurrent, resources.cpus_of_largest_node)),
                 gpus_per_worker=1.0 if resources.gpus else 0.0,
             )
-            for texture in options.textures
+            for texture in textures
         ]
         outcome = show_training(train_categories(jobs, max_concurrent=concurrent))
         if any(row.state == "failed" for row in outcome):
             return PARTIAL_FAILURE
-        plan = evaluation.plan(dataset, "mvtec", options.textures, models, results)
+        plan = evaluation.plan(dataset, "mvtec", textures, models, results)
         found = evaluation.run(plan, resources.scoring_workers(), ScoringProgress(), fpr_limit=0.3)
     show_totals(found.totals)
     (output / "metrics.json").write_json(found.metrics)

@@ -44,8 +44,8 @@ def main(options: Options) -> int:
     results = Location.parse(options.results)
     layout = options.layout or detect_layout(dataset)
     chosen = options.categories or tuple(model_categories(models))
-    if not 0.01 <= options.fpr_limit <= 1:
-        raise UserError(f"--fpr-limit {options.fpr_limit}: choose 0.01 to 1")
+    if options.actors < 0:
+        raise UserError(f"--actors {options.actors}: choose 1 or more, or 0 to choose by itself")
     plan = evaluation.plan(dataset, layout, chosen, models, results)
     for category, masks in plan.masks.items():
         defective = sum(mask is not None for mask in masks.values())
@@ -57,6 +57,8 @@ def main(options: Options) -> int:
     if options.dry_run:
         return OK
     require_writable(results)
+    if options.json:
+        require_writable(Location.parse(options.json).parent)
     with ray_session() as resources:
         found = evaluation.run(plan, resources.scoring_workers(options.actors), ScoringProgress(), options.fpr_limit)
     show_totals(found.totals)
@@ -66,7 +68,9 @@ def main(options: Options) -> int:
             console.print(f"{category}: {metric} is undefined: {reason}", markup=False)
     if options.json:
         Location.parse(options.json).write_json(found.metrics)
-    return OK if found.totals.balanced and not found.totals.errors and not found.totals.failed else PARTIAL_FAILURE
+    if found.missing:
+        console.print(f"{found.missing} labelled images could not be scored and count in no metric", style="bold red")
+    return OK if found.totals.balanced and not found.totals.errors and not found.missing else PARTIAL_FAILURE
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 
 from pipeline.archives import Archive, find_archives
 from pipeline.batch import BatchPlan, score_archives
@@ -50,14 +49,18 @@ def score(options: Options) -> int:
     """Score; returns the exit status."""
     started = datetime.now(UTC)
     night = options.night or f"{started:%Y-%m-%d}"
-    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", night):
-        raise UserError(f"--night {night}: write the date as YYYY-MM-DD")
+    try:
+        night = date.fromisoformat(night).isoformat()
+    except ValueError as error:
+        raise UserError(f"--night {night}: write the date as YYYY-MM-DD") from error
+    if options.actors < 0:
+        raise UserError(f"--actors {options.actors}: choose 1 or more, or 0 to choose by itself")
     if not 1 <= options.shard_images <= 256:
         raise UserError(f"--shard-images {options.shard_images}: choose 1 to 256")
     results = Location.parse(options.results)
     archives = find_archives(options.archives, category=options.category)
     plan = BatchPlan(
-        archives=tuple(archives),
+        archives=tuple(archive.fingerprinted() for archive in archives),
         models=models_for(archives, Location.parse(options.models)),
         results=results,
         night=night,

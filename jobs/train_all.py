@@ -52,7 +52,8 @@ def share(resources: Resources, count: int, workers: int, max_concurrent: int) -
             f"{concurrent} categories x {workers} workers need {concurrent * workers} {kind}, there are {available}: "
             "lower --max-concurrent or --workers-per-category"
         )
-    return concurrent, max(1, resources.cpus // (concurrent * workers)), 1.0 if resources.gpus else 0.0
+    cpus = max(1, min(resources.cpus // (concurrent * workers), resources.cpus_of_largest_node))
+    return concurrent, cpus, 1.0 if resources.gpus else 0.0
 
 
 def train_all(options: Options) -> int:
@@ -60,7 +61,7 @@ def train_all(options: Options) -> int:
     dataset, models = Location.parse(options.dataset), Location.parse(options.models)
     config = load_config(options.preset, options.set)
     layout = options.layout or detect_layout(dataset)
-    chosen = options.categories or tuple(categories(dataset, layout))
+    chosen = tuple(dict.fromkeys(options.categories)) or tuple(categories(dataset, layout))
     counts = {category: len(training_records(dataset, layout, category)) for category in chosen}
     if options.workers_per_category < 1 or options.max_concurrent < 0:
         raise UserError("--workers-per-category must be at least 1 and --max-concurrent at least 0")

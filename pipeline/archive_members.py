@@ -228,8 +228,14 @@ def _zip_reader(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Callable[[],
     return read
 
 
-def _loose_files(location: Location) -> Iterator[str]:
-    """The archives and ``category=C`` folders in a folder are archives of their own."""
+def member_names(location: Location, names: Sequence[str] | None) -> Iterator[str]:
+    """The files of a folder archive: those listed, or all loose ones.
+
+    The archives and ``category=C`` folders in a folder are archives of their own.
+    """
+    if names is not None:
+        yield from names
+        return
     for file in location.files(recursive=True):
         path = file.relative_to(location)
         if not (is_hidden(path) or file_kind(path) or image_root(location, path) != location):
@@ -237,7 +243,7 @@ def _loose_files(location: Location) -> Iterator[str]:
 
 
 def _folder_entries(location: Location, names: Sequence[str] | None) -> Iterator[Entry]:
-    for path in _loose_files(location) if names is None else names:
+    for path in member_names(location, names):
         file = location / path
         try:
             size = file.size()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 from pipeline.archive_members import (
     Entry,
@@ -21,6 +22,7 @@ from pipeline.archive_members import (
     image_root,
     is_damage,
     is_hidden,
+    member_names,
     one_line,
 )
 from pipeline.errors import UserError
@@ -39,6 +41,17 @@ class Archive:
     category: str
     members: tuple[str, ...] | None = None
     """For a folder: the files that belong to it, as paths below it; None for all loose images."""
+    fingerprint: str = ""
+    """Changes when the content may have; see :meth:`fingerprinted`."""
+
+    def fingerprinted(self) -> Archive:
+        """The same with its content's fingerprint: of the file, or of the names and contents of a folder's files."""
+        if self.kind != "folder":
+            return replace(self, fingerprint=self.location.fingerprint())
+        with ThreadPoolExecutor(16) as threads:
+            files = [self.location / name for name in member_names(self.location, self.members)]
+            marks = threads.map(lambda file: f"{file.uri} {file.fingerprint()}", files)
+            return replace(self, fingerprint=_digest("\n".join(marks)))
 
     @property
     def name(self) -> str:

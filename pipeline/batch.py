@@ -7,7 +7,9 @@ says how many members it had: what was read must equal what was scored plus what
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,7 @@ from pipeline.model_store import ModelInfo, load_scorer, package_versions
 from pipeline.results import FailureRow, MapFormat, Region, ScoreRow, finished_shards, write_run, write_shard
 from pipeline.scoring import Scorer, find_regions
 from pipeline.storage import Location
+from pipeline.storage_errors import STORAGE_ERRORS
 
 DECODE_THREADS = 4
 """Decoders release Python's lock; a few threads also hide the copies around them."""
@@ -46,13 +49,24 @@ class BatchPlan:
     started: datetime
     """The run's time, written as every row's `scored_at`."""
 
+    def suffix(self, archive: Archive) -> str:
+        """The part of a shard's file name that says what it was made of: content of the archive, shard size and model.
+
+        Where one of them changes, the archive is scored anew beside what is there.
+        """
+        cut = hashlib.sha256(f"{archive.fingerprint} {self.shard_images}".encode()).hexdigest()[:8]
+        return f"-{cut}-{self.models[archive.category].version}"
+
 
 @dataclass(frozen=True)
 class Workers:
     """Scoring actors and what each of them holds."""
 
     actors: int
-    cpus_per_actor: int
+    threads: int
+    """Of each actor."""
+    cpus_per_actor: float
+    """What Ray sets aside for each actor."""
     gpus_per_actor: float
 
 
@@ -66,6 +80,8 @@ class ShardOutcome:
     scored: int = 0
     failed: int = 0
     anomalous: int = 0
+    shards: int = 0
+    """Shards that were read; only on an archive's last row."""
     skipped: int = 0
     """Shards that an earlier run had finished; only on an archive's last row."""
     error: str = ""
@@ -73,14 +89,18 @@ class ShardOutcome:
 
 
 def read_archive(row: dict[str, Any], plan: BatchPlan) -> Iterator[dict[str, Any]]:
-    """Stage 1, one archive -> its unfinished shards as rows of encoded images, then one row of totals."""
+    """Stage 1, one archive -> its unfinished shards as rows of encoded images, then one row of totals.
+
+    Gives the same rows whenever it is called with the same row: Ray matches a retried task's output by position.
+    """
     archive = plan.archives[row["archive"]]
-    suffix = _suffix(plan, archive)
-    skip = {name.removesuffix(suffix) for name in committed_shards(plan, archive)}
-    members, error = 0, ""
+    suffix = plan.suffix(archive)
+    skip = {name.removesuffix(suffix) for name in row["committed"]}
+    shards, members, error = 0, 0, ""
     try:
         for shard in read_shards(archive, shard_images=plan.shard_images, skip=skip):
             members += len(shard.members)
+            shards += 1
             yield {
                 "archive": row["archive"],
                 "shard": shard.name + suffix,
@@ -89,7 +109,7 @@ def read_archive(row: dict[str, Any], plan: BatchPlan) -> Iterator[dict[str, Any
                 "failures": json.dumps([member.failure and asdict(member.failure) for member in shard.members]),
                 "error": "",
             }
-    except OSError as failure:
+    except STORAGE_ERRORS as failure:
         # The storage gave up in the middle: what came before stands, the rest is for the next run.
         error = f"{archive.location}: {' '.join(str(failure).split())}"
     yield {
@@ -97,20 +117,15 @@ def read_archive(row: dict[str, Any], plan: BatchPlan) -> Iterator[dict[str, Any
         "shard": "",
         "names": [],
         "data": [],
-        "failures": json.dumps([members, len(skip)]),
+        "failures": json.dumps([members, shards, len(skip)]),
         "error": error,
     }
-
-
-def _suffix(plan: BatchPlan, archive: Archive) -> str:
-    """Part of a shard's file name that changes with the model, so that a new model is scored anew beside the old."""
-    return f"-{plan.models[archive.category].version}"
 
 
 def committed_shards(plan: BatchPlan, archive: Archive) -> list[str]:
     """Names of the archive's shards that the plan's model has scored, in this run or an earlier one; sorted."""
     done = finished_shards(plan.results, category=archive.category, night=plan.night)
-    suffix = _suffix(plan, archive)
+    suffix = plan.suffix(archive)
     return sorted(name for name in done if name.startswith(f"{archive.name}-") and name.endswith(suffix))
 
 
@@ -146,7 +161,7 @@ class ScoringActor:
     """Stage 3, photographs -> maps, scores and regions, committed as the shard's files. Loads each model once."""
 
     def __init__(self, plan: BatchPlan, workers: Workers) -> None:
-        torch.set_num_threads(workers.cpus_per_actor)
+        torch.set_num_threads(workers.threads)
         self.plan = plan
         self.device = "cuda" if workers.gpus_per_actor > 0 else "cpu"
         self.scorers: dict[str, Scorer] = {}
@@ -154,13 +169,15 @@ class ScoringActor:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """One shard's outcome as a row."""
         if not row["shard"]:
-            members, skipped = json.loads(row["failures"])
-            return asdict(ShardOutcome(row["archive"], None, members, skipped=skipped, error=row["error"]))
+            members, shards, skipped = json.loads(row["failures"])
+            return asdict(
+                ShardOutcome(row["archive"], None, members, shards=shards, skipped=skipped, error=row["error"])
+            )
         failures = [(name, Failure(**failure)) for name, failure in json.loads(row["failures"])]
         members = len(row["names"]) + len(failures)
         try:
             anomalous = self._score(row, failures)
-        except (UserError, OSError) as error:
+        except (UserError, *STORAGE_ERRORS) as error:
             reason = " ".join(str(error).split())
             return asdict(ShardOutcome(row["archive"], row["shard"], members, error=reason))
         return asdict(ShardOutcome(row["archive"], row["shard"], members, len(row["names"]), len(failures), anomalous))
@@ -230,11 +247,12 @@ class ScoringActor:
 
 def _on_photograph(region: Any, x_scale: float, y_scale: float) -> Region:
     """A region of the map in pixels of the photograph."""
+    x, y = math.floor(region.x * x_scale), math.floor(region.y * y_scale)
     return Region(
-        x=round(region.x * x_scale),
-        y=round(region.y * y_scale),
-        width=max(1, round(region.width * x_scale)),
-        height=max(1, round(region.height * y_scale)),
+        x=x,
+        y=y,
+        width=max(1, math.ceil((region.x + region.width) * x_scale) - x),
+        height=max(1, math.ceil((region.y + region.height) * y_scale) - y),
         area=max(1, round(region.area * x_scale * y_scale)),
         peak=region.peak,
     )
@@ -249,13 +267,15 @@ class Totals:
     failed: int
     anomalous: int
     shards: int
+    lost_shards: int
+    """Read but neither committed nor refused with an error."""
     skipped_shards: int
     errors: tuple[str, ...]
 
     @property
     def balanced(self) -> bool:
         """Whether every image read was scored or has a failures row."""
-        return self.images == self.scored + self.failed
+        return self.images == self.scored + self.failed and self.lost_shards == 0
 
 
 def total(outcomes: list[ShardOutcome]) -> Totals:
@@ -268,6 +288,7 @@ def total(outcomes: list[ShardOutcome]) -> Totals:
         failed=sum(outcome.failed for outcome in shards),
         anomalous=sum(outcome.anomalous for outcome in shards),
         shards=sum(not outcome.error for outcome in shards),
+        lost_shards=sum(outcome.shards for outcome in archives) - len({outcome.shard for outcome in shards}),
         skipped_shards=sum(outcome.skipped for outcome in archives),
         errors=tuple(sorted({outcome.error for outcome in outcomes if outcome.error})),
     )
@@ -295,7 +316,10 @@ def score_archives(plan: BatchPlan, workers: Workers, progress: Callable[[ShardO
     # Every shard leaves its task as soon as it is complete instead of waiting for a larger block.
     context.target_max_block_size = 1
     shards = (
-        ray.data.from_items([{"archive": i} for i in range(len(plan.archives))], override_num_blocks=len(plan.archives))
+        ray.data.from_items(
+            [{"archive": i, "committed": committed_shards(plan, archive)} for i, archive in enumerate(plan.archives)],
+            override_num_blocks=len(plan.archives),
+        )
         .flat_map(read_archive, fn_kwargs={"plan": plan}, num_cpus=0.25)
         .map(decode_shard, fn_kwargs={"plan": plan}, num_cpus=0.5)
         .map(

@@ -18,6 +18,8 @@ from pipeline.textures import DEFECTS, implant
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 """Weights of the KL map that are tried where a model chooses its own; the first of equals wins."""
+GENERAL_IMAGES = 50
+"""Training photographs that shape the Gaussian for all places."""
 DEFECTS_PER_IMAGE = 2
 """Implanted versions of every held-out image that choices are made on."""
 
@@ -25,15 +27,15 @@ DEFECTS_PER_IMAGE = 2
 def calibrate(scorer: Scorer, held_out_nhwc: np.ndarray, training_nhwc: np.ndarray) -> Calibration:
     """Calibrate a scorer on normal photographs, uint8 (n, map_size, map_size, 3), and leave the result in it.
 
-    Scores, thresholds and choices come from the held-out ones alone (n >= 2, as many residuals are kept in memory); the
-    training ones only shape the Gaussians of places, which need more images.
+    The Gaussians of residuals come from the training ones, everything else from the held-out ones (n >= 2; their residuals are
+    kept in memory): measured on the images that shaped it, a Gaussian would promise fewer false alarms than it keeps.
     """
     scoring = scorer.config.scoring
     held_out = list(_raw(scorer, held_out_nhwc))
     kl = torch.cat([_cells(scorer, scorer.smoothed_kl(raw.kl)) for raw in held_out], dim=1)
     kl_mean, kl_std = place_statistics(kl.mean(1), scoring.kl_place_sigma * kl.shape[-1] / scoring.map_size)
     candidates = []
-    for gaussian in _gaussians(scorer, held_out, training_nhwc):
+    for gaussian in _gaussians(scorer, training_nhwc):
         feature = torch.cat([feature_evidence(raw, gaussian) for raw in held_out])
         candidates.append(
             Calibration(
@@ -131,13 +133,15 @@ def _cells(scorer: Scorer, maps: Tensor) -> Tensor:
     return cells.view(*moments.shape[:3], *cells.shape[1:])
 
 
-def _gaussians(scorer: Scorer, held_out: list[RawMaps], training_nhwc: np.ndarray) -> Iterator[ResidualGaussian | None]:
+def _gaussians(scorer: Scorer, training_nhwc: np.ndarray) -> Iterator[ResidualGaussian | None]:
     """The ways of measuring residuals that the config allows."""
     covariance = scorer.config.scoring.covariance
     if covariance == "none":
         yield None
         return
-    general = fit_general(raw.residuals for raw in held_out)
+    # Every cell is a sample of the general Gaussian: a few images, spread over all, are many.
+    few = training_nhwc[:: max(1, len(training_nhwc) // GENERAL_IMAGES)]
+    general = fit_general(raw.residuals for raw in _raw(scorer, few))
     if covariance in ("general", "select"):
         yield general
     if covariance in ("place", "select"):

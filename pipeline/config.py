@@ -160,6 +160,8 @@ class Config(Section):
             raise ValueError(
                 f"scoring.map_size = {self.scoring.map_size}: must be a multiple of network.image_size ({net.image_size})"
             )
+        if self.features.neighbourhood % 2 == 0:
+            raise ValueError(f"features.neighbourhood = {self.features.neighbourhood}: must be odd")
         if max(self.scoring.timesteps) >= self.scoring.respaced_steps:
             raise ValueError(
                 f"scoring.timesteps = {self.scoring.timesteps}: each must be below respaced_steps ({self.scoring.respaced_steps})"

@@ -18,6 +18,7 @@ import ray
 from pipeline.archives import Archive, image_id
 from pipeline.batch import BatchPlan, ShardOutcome, Totals, Workers, committed_shards, score_archives
 from pipeline.datasets import Layout, labelled_records
+from pipeline.errors import UserError
 from pipeline.images import decode_mask, resize_mask
 from pipeline.metrics import LocalizationMetrics
 from pipeline.model_store import model_info
@@ -46,6 +47,8 @@ class Evaluation:
     """{"categories": {name: metrics}, "mean": metrics}; undefined metrics are None."""
     reasons: dict[str, dict[str, str]]
     """Per category: why a metric is undefined."""
+    missing: int
+    """Labelled images that could not be scored and are in no metric."""
     table: Location
     """The metrics as Parquet."""
 
@@ -55,7 +58,7 @@ def plan(
 ) -> EvaluationPlan:
     """Find labelled images, masks and models. Raises UserError for what is missing, before any work starts."""
     archives, masks = [], {}
-    for category in categories:
+    for category in dict.fromkeys(categories):
         archive, masks[category] = labelled_archive(dataset, layout, category)
         archives.append(archive)
     batch = BatchPlan(
@@ -76,21 +79,26 @@ def run(
 ) -> Evaluation:
     """Score what is not scored yet, then measure every category from its committed shards."""
     batch = plan.batch
+    try:
+        LocalizationMetrics(fpr_limit)
+    except ValueError as error:
+        raise UserError(f"--fpr-limit {fpr_limit}: {error}") from error
     totals = score_archives(batch, workers, progress)
     shards = {archive.category: committed_shards(batch, archive) for archive in batch.archives}
     versions = {category: info.version for category, info in batch.models.items()}
     measured = measure(batch.results, shards, plan.masks, versions, fpr_limit=fpr_limit)
     found = summary(measured)
-    reasons = {category: metrics.reasons() for category, metrics in measured.items()}
+    reasons = {category: metrics.reasons() for category, metrics in measured.items() if metrics.images}
+    missing = sum(len(plan.masks[category]) - metrics.images for category, metrics in measured.items())
     table = write_metrics(batch.results, f"{NIGHT}-{batch.started:%Y%m%dT%H%M%SZ}", found, versions)
-    return Evaluation(totals, found, reasons, table)
+    return Evaluation(totals, found, reasons, missing, table)
 
 
 def labelled_archive(dataset: Location, layout: Layout, category: str) -> tuple[Archive, dict[str, Location | None]]:
     """A category's test split as an archive, and the mask of each image id (None for normal images)."""
     records = labelled_records(dataset, layout, category)
     members = tuple(record.image.relative_to(dataset) for record in records)
-    archive = Archive(dataset, "folder", category, members=members)
+    archive = Archive(dataset, "folder", category, members=members).fingerprinted()
     ids = (image_id(archive.location.uri, member) for member in members)
     return archive, {key: record.mask for key, record in zip(ids, records, strict=True)}
 
@@ -137,14 +145,20 @@ def measure(
     for category, futures in pending.items():
         merged = LocalizationMetrics(fpr_limit)
         for future in futures:
-            merged.merge(ray.get(future))
+            try:
+                merged.merge(ray.get(future))
+            except ray.exceptions.RayTaskError as error:
+                reason = " ".join(str(error.cause).split())
+                raise UserError(f"category {category!r} cannot be measured: {reason}") from error
         measured[category] = merged
     return measured
 
 
 def summary(measured: Mapping[str, LocalizationMetrics]) -> dict[str, Any]:
     """{"categories": {name: metrics}, "mean": metrics}: NaN becomes None, counts in the mean are sums."""
-    categories = {name: metrics.compute() for name, metrics in sorted(measured.items())}
+    categories = {name: metrics.compute() for name, metrics in sorted(measured.items()) if metrics.images}
+    if not categories:
+        raise UserError("no image of any category could be scored: see the failures table")
     mean: dict[str, float] = {}
     for key in next(iter(categories.values())):
         values = [metrics[key] for metrics in categories.values()]

@@ -6,7 +6,6 @@ An image here is a uint8 array (H, W, 3), RGB. A mask is a bool array (H, W), Tr
 from __future__ import annotations
 
 import io
-import math
 import threading
 import warnings
 from collections.abc import Iterator
@@ -120,21 +119,6 @@ def to_unit_range(images_nhwc_u8: np.ndarray) -> np.ndarray:
     scaled /= 127.5
     scaled -= 1
     return scaled
-
-
-def rotate(image: np.ndarray, degrees: float) -> np.ndarray:
-    """The image turned counter-clockwise about its centre, bicubic: uint8, same shape.
-
-    Corners that come from outside are filled with the mirrored image.
-    """
-    height, width = image.shape[:2]
-    sine, cosine = abs(math.sin(math.radians(degrees))), abs(math.cos(math.radians(degrees)))
-    # How far the turned frame reaches beyond the image, and two pixels for the bicubic kernel.
-    across = max(0, math.ceil((width * cosine + height * sine - width) / 2)) + 2
-    down = max(0, math.ceil((width * sine + height * cosine - height) / 2)) + 2
-    padded = np.pad(image, ((down, down), (across, across), (0, 0)), mode="reflect")
-    turned = np.asarray(Image.fromarray(padded).rotate(degrees, Image.Resampling.BICUBIC))
-    return turned[down : down + height, across : across + width].copy()
 
 
 def encode_png(image: np.ndarray) -> bytes:

@@ -20,6 +20,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from pipeline import __version__
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.features import FeatureExtractor
@@ -57,7 +58,8 @@ def new_version(config: Config, now: datetime) -> str:
 
 def package_versions() -> dict[str, str]:
     """The versions that decide what a model computes."""
-    return {name: package_version(name) for name in ("defectmap", "torch", "timm", "numpy", "pillow", "ray")}
+    others = {name: package_version(name) for name in ("torch", "timm", "numpy", "pillow", "ray")}
+    return {"defectmap": __version__, **others}
 
 
 def save_model(
@@ -103,6 +105,7 @@ def model_categories(models: Location) -> list[str]:
 
 def model_info(models: Location, category: str, version: str | None = None) -> ModelInfo:
     """The named version of a category's model, by default the latest. Raises UserError when it is not there or not readable."""
+    require_exists(models, "models folder")
     try:
         version = version or (models / category / "latest.json").read_json()["version"]
         folder = models / category / str(version)
@@ -143,6 +146,8 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
         gaussian = _under("gaussian.", tensors)
         known: dict[str, Any] = {**_under("calibration.", tensors), **info.calibration}
         calibration = Calibration(gaussian=ResidualGaussian(**gaussian) if gaussian else None, **known)
+    except torch.OutOfMemoryError:
+        raise
     except (FileNotFoundError, SafetensorError, RuntimeError, TypeError) as error:
         first = "; ".join(line.strip() for line in str(error).splitlines()[:3])
         raise UserError(f"the weights of {info.location} cannot be used ({first}): train the category again") from error

@@ -21,18 +21,29 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class Resources:
-    """What the cluster has in all."""
+    """What the cluster has."""
 
     cpus: int
     gpus: int
+    cpus_of_largest_node: int
+    """A worker lives on one node and cannot have more."""
 
     def scoring_workers(self, actors: int = 0) -> Workers:
-        """Scoring actors and their shares: one CPU stays free for reading and decoding where there is more than one."""
+        """Scoring actors and their shares. Part of a CPU stays free for reading and decoding, or nothing would move."""
         count = actors or self.gpus or 1
-        if count > (self.gpus or max(1, self.cpus - 1)):
-            kind = f"{self.gpus} GPUs" if self.gpus else f"{self.cpus} CPUs, one of which reads and decodes"
-            raise UserError(f"--actors {count} are too many for {kind}: lower it, or 0 to choose by itself")
-        return Workers(count, max(1, (self.cpus - 1) // count) if not self.gpus else 1, 1.0 if self.gpus else 0.0)
+        if self.gpus:
+            if count > self.gpus:
+                raise UserError(
+                    f"--actors {count} are too many for {self.gpus} GPUs: lower it, or 0 to choose by itself"
+                )
+            return Workers(count, threads=1, cpus_per_actor=0.0, gpus_per_actor=1.0)
+        if count > max(1, self.cpus - 1):
+            raise UserError(
+                f"--actors {count} are too many for {self.cpus} CPUs, one of which reads and decodes: "
+                "lower it, or 0 to choose by itself"
+            )
+        threads = max(1, min((self.cpus - 1) // count, self.cpus_of_largest_node - 1))
+        return Workers(count, threads, cpus_per_actor=threads if self.cpus > 1 else 0.25, gpus_per_actor=0.0)
 
 
 @contextmanager
@@ -55,7 +66,10 @@ def ray_session() -> Iterator[Resources]:
     context.print_on_execution_start = False
     try:
         total = ray.cluster_resources()
-        yield Resources(int(total.get("CPU", 1)), int(total.get("GPU", 0)))
+        nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+        if not total.get("CPU"):
+            raise UserError("the cluster has no CPU for workers: start worker nodes, then run the job again")
+        yield Resources(int(total["CPU"]), int(total.get("GPU", 0)), int(max(nodes)))
     finally:
         ray.shutdown()
 

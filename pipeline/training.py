@@ -90,15 +90,15 @@ class ProgressBoard:
 
 def load_photographs(records: list[Record], size: int) -> np.ndarray:
     """Decode and shrink to uint8 (N, size, size, 3). Raises UserError naming the first image that cannot be read."""
-    images = np.empty((len(records), size, size, 3), np.uint8)
+
+    def load(record: Record) -> np.ndarray:
+        try:
+            return resize(decode(record.image.read_bytes()), size)
+        except (ImageError, FileNotFoundError) as error:
+            raise UserError(f"{record.image}: {error}: replace or remove it") from error
+
     with ThreadPoolExecutor(8) as pool:
-        encoded = pool.map(lambda record: record.image.read_bytes(), records)
-        for i, (record, data) in enumerate(zip(records, encoded, strict=True)):
-            try:
-                images[i] = resize(decode(data), size)
-            except ImageError as error:
-                raise UserError(f"{record.image}: {error}: replace or remove it") from error
-    return images
+        return np.stack(list(pool.map(load, records)))
 
 
 def data_fingerprint(images_nhwc: np.ndarray) -> str:
@@ -122,6 +122,8 @@ def fit_network(settings: dict[str, Any]) -> None:
     except (UserError, FloatingPointError, torch.OutOfMemoryError) as error:
         reason = " ".join(str(error).split())
         ray.get(board.post.remote(job.name, {"state": "failed", "reason": reason}))
+        if context.get_world_size() > 1:
+            raise  # the other workers wait for this one: Ray Train must end them
 
 
 def _fit_network(job: TrainingJob, board: Any, context: Any, leader: bool) -> None:
@@ -248,10 +250,13 @@ def _train_one(job: TrainingJob, board: Any) -> None:
         trainer.fit()
     except Exception as error:  # whatever fails, the other categories go on
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[-1] if lines else type(error).__name__
+        known = ray.get(board.read.remote()).get(job.name, {}).get("reason")
+        reason = known or (lines[-1] if lines else type(error).__name__)
         ray.get(board.post.remote(job.name, {"state": "failed", "reason": reason}))
         return
-    (storage / job.run_name).remove_tree()
+    # A failure that the user mends continues from the last checkpoint.
+    if ray.get(board.read.remote()).get(job.name, {}).get("state") == "done":
+        (storage / job.run_name).remove_tree()
 
 
 def train_categories(jobs: list[TrainingJob], *, max_concurrent: int) -> Iterator[list[Progress]]:
@@ -265,13 +270,17 @@ def train_categories(jobs: list[TrainingJob], *, max_concurrent: int) -> Iterato
         facts = ray.get(board.read.remote())
         return [Progress(job.name, job.config.training.iterations, **facts.get(job.name, {})) for job in jobs]
 
-    with ThreadPoolExecutor(max_concurrent) as pool:
+    pool = ThreadPoolExecutor(max_concurrent)
+    try:
         futures = [pool.submit(_train_one, job, board) for job in jobs]
         while not all(future.done() for future in futures):
             yield snapshot()
             time.sleep(0.5)
         for future in futures:
             future.result()
+    finally:
+        # Interrupted: what is queued never starts, what runs ends with the session.
+        pool.shutdown(wait=False, cancel_futures=True)
     yield [
         progress
         if progress.state in ("done", "failed")

@@ -21,7 +21,6 @@ from pipeline.images import (
     is_image_name,
     resize,
     resize_mask,
-    rotate,
     to_unit_range,
 )
 
@@ -294,23 +293,6 @@ def test_unit_range() -> None:
     np.testing.assert_array_equal(scaled[:2].min(axis=(1, 2, 3)), [-1, 1])
     np.testing.assert_allclose(scaled[2, :, 1, 2], [-1, 1, -0.6], atol=1e-6)
     assert images.max() == 255
-
-
-@pytest.mark.parametrize("degrees", [-45, -5, 0, 3.7, 90, 180])
-def test_rotate_leaves_no_corner_black(degrees: float) -> None:
-    white = np.full((40, 61, 3), 200, np.uint8)
-    np.testing.assert_array_equal(rotate(white, degrees), white)
-
-
-def test_rotate_turns_counter_clockwise_about_the_centre() -> None:
-    image = photograph(50, 50)
-    np.testing.assert_array_equal(rotate(image, 90), np.rot90(image))
-    np.testing.assert_array_equal(rotate(image, 0), image)
-    ramp = np.tile(np.linspace(0, 240, 81)[:, None, None], (1, 81, 3)).astype(np.uint8)
-    turned = rotate(ramp, 5).astype(int)
-    # The bright bottom moves to the right, the centre stays.
-    assert turned[40, 70, 0] > turned[40, 10, 0] + 5
-    assert abs(turned[40, 40, 0] - 120) <= 1
 
 
 @pytest.mark.parametrize("shape", [(9, 7, 3), (9, 7)])
