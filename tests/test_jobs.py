@@ -68,7 +68,7 @@ def models(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def night(dataset: Path, tmp_path: Path) -> Path:
     """Archives of one night: a folder and a tar, with a truncated, a foreign and an empty file among the images."""
-    folder, tar_folder = tmp_path / "night" / "brick", tmp_path / "night" / "gravel"
+    folder, tar_folder = tmp_path / "night" / "category=brick", tmp_path / "night" / "gravel"
     folder.mkdir(parents=True)
     tar_folder.mkdir()
     for i, image in enumerate(sorted((dataset / "brick/test").glob("*/*.png"))):
@@ -188,7 +188,15 @@ class TestScoring:
             results = tmp_path / f"results-{shard_images}"
             succeeded(
                 job(
-                    *("score_archives", "--archives", night / "brick", "--models", models, "--results", results),
+                    *(
+                        "score_archives",
+                        "--archives",
+                        night / "category=brick",
+                        "--models",
+                        models,
+                        "--results",
+                        results,
+                    ),
                     *("--shard-images", shard_images),
                 )
             )
