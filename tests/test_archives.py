@@ -572,3 +572,29 @@ def test_real_photographs_decode() -> None:
                     except ImageError as error:
                         pytest.fail(f"{archive.name} {member.name}: {error}")
     assert decoded
+
+
+def test_a_folder_may_list_the_files_that_belong_to_it(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).write_bytes(b"bytes of " + name.encode())
+    archive = Archive(Location.parse(tmp_path), "folder", "brick", members=("c.png", "a.png"))
+    (shard,) = read_shards(archive)
+    assert [member.name for member in shard.members] == ["c.png", "a.png"]
+    assert archive.name != Archive(Location.parse(tmp_path), "folder", "brick").name
+
+
+@pytest.mark.parametrize("kind", ["tar", "folder"])
+def test_the_fingerprint_follows_the_content(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"one")
+    file = tmp_path / "x.tar"
+    file.write_bytes(b"one")
+    archive = Archive(Location.parse(folder if kind == "folder" else file), kind, "brick")  # type: ignore[arg-type]
+    before = archive.fingerprinted()
+    assert before.fingerprint == archive.fingerprinted().fingerprint != ""
+    (folder / "a.png").write_bytes(b"other")
+    file.write_bytes(b"other")
+    after = archive.fingerprinted()
+    assert after.fingerprint != before.fingerprint
+    assert after.name == before.name
