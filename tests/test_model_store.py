@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -213,3 +215,9 @@ def test_a_copied_model_still_loads(models, stored, scorer, fresh, tmp_path):
     moved = Location.parse(shutil.copytree(as_path(models), tmp_path / "elsewhere"))
     loaded = load_scorer(model_info(moved, "cloth"))
     np.testing.assert_array_equal(loaded.score(fresh[:1]).maps, scorer.score(fresh[:1]).maps)
+
+
+@pytest.mark.slow
+def test_the_core_imports_no_ray():
+    code = "import sys, pipeline.fit, pipeline.calibration, pipeline.model_store; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
