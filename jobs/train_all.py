@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
 from pipeline.command import OK, PARTIAL_FAILURE, console, run
-from pipeline.config import PresetName, load_config
+from pipeline.config import PresetName
 from pipeline.datasets import Layout, categories, detect_layout, training_records
 from pipeline.errors import UserError
-from pipeline.progress import show_training
+from pipeline.model_store import model_info, publish
+from pipeline.progress import model_line, show_training
 from pipeline.ray_session import Resources, ray_session
+from pipeline.selection import DEFAULT_SPACE, best, candidates
 from pipeline.storage import Location, require_writable
-from pipeline.training import TrainingJob, train_categories
+from pipeline.training import Progress, TrainingJob, train_categories
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,19 @@ class Options:
     categories: tuple[str, ...] = ()
     """Categories to train; all of the data set when omitted."""
     preset: PresetName = "fast"
-    """Named settings: demo and fast for a CPU (minutes a category), paper (as published) and unified (the same with one
-    network for all categories) for a GPU."""
+    """Named settings: demo and fast for a CPU (minutes a category); for a GPU best, paper (as published) and unified
+    (the same with one network for all categories)."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SECTION.FIELD=VALUE ...")] = ()
     """Settings that differ from the preset, such as training.iterations=200."""
+    select: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="SECTION.FIELD=[VALUE,VALUE] ...")] = None
+    """Try every combination of these settings and keep what finds defects implanted in held-out normal images best; no
+    labelled defect is needed. Without a list: smoothing, image score and window of the pixel branch. Settings outside
+    `scoring` train a network for every value."""
+    false_alarm_rate: float | None = None
+    """Share of normal images that may be called anomalous, such as 0.01; the preset's when omitted."""
+    initial_weights: str | None = None
+    """A published guided-diffusion checkpoint (file or s3:// URI) that the networks start from, such as
+    256x256_diffusion.pt for the preset paper."""
     workers_per_category: int = 1
     """Training workers that share one category's batch."""
     max_concurrent: int = 0
@@ -59,7 +71,16 @@ def share(resources: Resources, count: int, workers: int, max_concurrent: int) -
 def train_all(options: Options) -> int:
     """Train; returns the exit status."""
     dataset, models = Location.parse(options.dataset), Location.parse(options.models)
-    config = load_config(options.preset, options.set)
+    overrides = list(options.set)
+    if options.false_alarm_rate is not None:
+        overrides.append(f"scoring.false_alarm_rate={options.false_alarm_rate}")
+    listed = () if options.select is None else options.select or DEFAULT_SPACE
+    networks = candidates(options.preset, overrides, listed)
+    config = networks[0].config
+    ways = sum(len(network.variants) for network in networks)
+    initial_weights = None if options.initial_weights is None else Location.parse(options.initial_weights)
+    if initial_weights is not None and not initial_weights.is_file():
+        raise UserError(f"--initial-weights {initial_weights}: no such file")
     layout = options.layout or detect_layout(dataset)
     chosen = tuple(dict.fromkeys(options.categories)) or tuple(categories(dataset, layout))
     counts = {category: len(training_records(dataset, layout, category)) for category in chosen}
@@ -69,11 +90,14 @@ def train_all(options: Options) -> int:
         require_writable(models)
     groups = {"joint": chosen} if config.joint else {category: (category,) for category in chosen}
     with ray_session() as resources:
-        concurrent, cpus, gpus = share(resources, len(groups), options.workers_per_category, options.max_concurrent)
+        count, workers = len(groups) * len(networks), options.workers_per_category
+        concurrent, cpus, gpus = share(resources, count, workers, options.max_concurrent)
         console.print(
             f"{len(chosen)} categories of {dataset} ({layout}), preset {options.preset} [{config.digest()}], "
-            f"{config.training.iterations} iterations; {concurrent} at once, "
-            f"{options.workers_per_category} worker(s) each with {cpus} CPU(s) and {gpus:g} GPU(s); models to {models}",
+            f"{config.training.iterations} iterations; "
+            + (f"{len(networks)} networks and {ways} ways of scoring tried; " if ways > 1 else "")
+            + f"{concurrent} at once, "
+            f"{workers} worker(s) each with {cpus} CPU(s) and {gpus:g} GPU(s); models to {models}",
             markup=False,
         )
         if options.dry_run:
@@ -82,24 +106,46 @@ def train_all(options: Options) -> int:
             return OK
         jobs = [
             TrainingJob(
-                name=name,
+                name=name if len(networks) == 1 else f"{name}~{number}",
                 categories=group,
                 dataset=dataset,
                 layout=layout,
                 models=models,
-                config=config,
+                config=network.config,
                 workers=options.workers_per_category,
                 cpus_per_worker=cpus,
                 gpus_per_worker=gpus,
+                initial_weights=initial_weights,
+                variants=network.variants,
+                publish=len(networks) == 1,
             )
             for name, group in groups.items()
+            for number, network in enumerate(networks, 1)
         ]
         outcome = show_training(train_categories(jobs, max_concurrent=concurrent))
-    failed = [category for row in outcome if row.state == "failed" for category in groups[row.name]]
+    failed = [category for category in chosen if not conclude(category, jobs, outcome, listed)]
     if failed:
         console.print(f"{len(failed)} of {len(chosen)} categories failed: {', '.join(failed)}", style="bold red")
-        return PARTIAL_FAILURE
-    return OK
+    return PARTIAL_FAILURE if any(row.state == "failed" for row in outcome) else OK
+
+
+def conclude(category: str, jobs: list[TrainingJob], outcome: list[Progress], listed: Sequence[str]) -> bool:
+    """Put the category's best model in use and say what it is; False when it has none."""
+    found = {row.name: row.found[category] for row in outcome if category in row.found}
+    if not found:
+        return False
+    name = best(found)
+    (job,) = [job for job in jobs if job.name == name]
+    version = found[name]["version"]
+    if not job.publish:
+        publish(job.models, category, version)
+    config = model_info(job.models, category, version).config.model_dump(mode="json")
+    settings = {}
+    for item in listed:
+        section, _, setting = item.partition("=")[0].strip().partition(".")
+        settings[f"{section}.{setting}"] = config[section][setting]
+    console.print(model_line(category, found[name], settings), markup=False)
+    return True
 
 
 if __name__ == "__main__":

@@ -1,92 +1,239 @@
-"""What normal photographs teach a scorer: statistics, thresholds, and the choices that implanted defects make without labels."""
+"""What normal photographs teach a scorer: Gaussians, statistics, thresholds, and the choices that implanted defects make.
+
+Nothing here looks at a labelled defect. The Gaussians come from the training photographs, everything else from held-out ones:
+measured on the images that shaped it, a Gaussian would promise fewer false alarms than it keeps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from scipy import stats
+from scipy import optimize, stats
 from torch import Tensor
 
-from pipeline.gaussian import ResidualGaussian, fit_general, fit_places
+from pipeline.config import ScoringConfig
+from pipeline.gaussian import Moments, NormalGaussian, general_gaussian, place_gaussians, place_projection
 from pipeline.metrics import LocalizationMetrics
-from pipeline.scoring import Calibration, RawMaps, Scorer, feature_evidence, gaussian_blur, stored_map
+from pipeline.scoring import (
+    BranchMaps,
+    Calibration,
+    Evidence,
+    Measure,
+    Scorer,
+    branch_maps,
+    stored_map,
+    top_mean,
+)
 from pipeline.textures import DEFECTS, implant
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-"""Weights of the KL map that are tried where a model chooses its own; the first of equals wins."""
-GENERAL_IMAGES = 50
-"""Training photographs that shape the Gaussian for all places."""
+"""Weights of the pixel branch that are tried where a model chooses its own; the first of equals wins."""
+GENERAL_IMAGES = 32
+"""Training photographs that shape the Gaussians for all places."""
 DEFECTS_PER_IMAGE = 2
 """Implanted versions of every held-out image that choices are made on."""
+LATE = ("alpha", "kl_sigma", "map_sigma", "normalisation", "top_pixels")
+"""Scoring settings that change nothing before the branches are combined."""
 
 
-def calibrate(scorer: Scorer, held_out_nhwc: np.ndarray, training_nhwc: np.ndarray) -> Calibration:
+@dataclass(frozen=True)
+class Choice:
+    """One way of scoring, and how well it finds implanted defects among held-out normal images."""
+
+    scoring: ScoringConfig
+    covariance: str
+    """none, general or place: what measured the features."""
+    subtract_prediction: bool
+    alpha: float
+    pixel_auroc: float
+    pro: float
+    """Up to a false-positive rate of 0.3."""
+    image_auroc: float
+
+    @property
+    def merit(self) -> float:
+        """What decides: the sum of the three."""
+        return self.pixel_auroc + self.pro + self.image_auroc
+
+
+def calibrate(
+    scorer: Scorer,
+    held_out_nhwc: np.ndarray,
+    training_nhwc: np.ndarray,
+    variants: Sequence[ScoringConfig] = (),
+) -> list[Choice]:
     """Calibrate a scorer on normal photographs, uint8 (n, map_size, map_size, 3), and leave the result in it.
 
-    The Gaussians of residuals come from the training ones, everything else from the held-out ones (n >= 2; their residuals are
-    kept in memory): measured on the images that shaped it, a Gaussian would promise fewer false alarms than it keeps.
+    Of the `variants` of its scoring settings (by default only its own), and of what they leave open (alpha null, prediction and
+    covariance "select"), the way that finds implanted defects best is kept. n >= 2 photographs are held out. Returns all that
+    was tried, best first.
     """
-    scoring = scorer.config.scoring
-    held_out = list(_raw(scorer, held_out_nhwc))
-    kl = torch.cat([_cells(scorer, scorer.smoothed_kl(raw.kl)) for raw in held_out], dim=1)
-    kl_mean, kl_std = place_statistics(kl.mean(1), scoring.kl_place_sigma * kl.shape[-1] / scoring.map_size)
-    candidates = []
-    for gaussian in _gaussians(scorer, training_nhwc):
-        feature = torch.cat([feature_evidence(raw, gaussian) for raw in held_out])
-        candidates.append(
-            Calibration(
-                kl_mean=kl_mean,
-                kl_std=kl_std,
-                feature_mean=feature.mean((0, 2, 3)),
-                feature_std=feature.std((0, 2, 3)),
-                gaussian=gaussian,
-                alpha=scoring.alpha if scoring.alpha is not None else 0.0,
-                normal_scores=torch.zeros(0),
-                threshold=0.0,
-                pixel_threshold=0.0,
-            )
-        )
-    chosen = candidates[0]
-    if len(candidates) > 1 or scoring.alpha is None:
-        chosen = select(scorer, candidates, ALPHAS if scoring.alpha is None else (scoring.alpha,), held_out_nhwc)
-    scorer.calibration = chosen
+    images, truth = judged_images(held_out_nhwc, scorer.config.training.seed)
+    tried: list[tuple[Choice, Calibration]] = []
+    seen: dict[str, list[Candidate]] = {}
+    for scoring in variants or (scorer.config.scoring,):
+        scorer.configure(scorer.config.model_copy(update={"scoring": scoring}))
+        key = scoring.model_dump_json(exclude=set(LATE))
+        if key not in seen:
+            seen[key] = measured(scorer, fit_measures(scorer, training_nhwc), held_out_nhwc, images)
+        for candidate in seen[key]:
+            tried += [(choice, candidate.calibration) for choice in judge(scorer, candidate, truth)]
+    tried.sort(key=lambda found: -found[0].merit)
+    choice, calibration = tried[0]
+    scorer.configure(scorer.config.model_copy(update={"scoring": choice.scoring}))
+    scorer.calibration = replace(calibration, alpha=choice.alpha)
+    _set_thresholds(scorer, scorer.calibration, held_out_nhwc)
+    return [choice for choice, _ in tried]
+
+
+def judged_images(held_out_nhwc: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Held-out images with implanted defects, then as they are, uint8 (m, H, W, 3), and the masks, bool (m, H, W)."""
+    images, masks = implanted(held_out_nhwc, seed)
+    none = np.zeros((len(held_out_nhwc), *masks.shape[1:]), bool)
+    return np.concatenate([images, held_out_nhwc]), np.concatenate([masks, none])
+
+
+def _set_thresholds(scorer: Scorer, calibration: Calibration, held_out_nhwc: np.ndarray) -> None:
+    rate = scorer.config.scoring.false_alarm_rate
     normal = scorer.score(held_out_nhwc)
     peaks = normal.maps.reshape(len(held_out_nhwc), -1).max(1).astype(np.float64)
+    threshold = prediction_bound(normal.scores, rate)
+    low, high = exceedance_interval(normal.scores, threshold)
     scorer.calibration = replace(
-        chosen,
+        calibration,
         normal_scores=torch.from_numpy(np.sort(normal.scores)).float(),
-        threshold=prediction_bound(normal.scores, scoring.false_alarm_rate),
-        pixel_threshold=prediction_bound(peaks, scoring.false_alarm_rate),
+        threshold=threshold,
+        pixel_threshold=prediction_bound(peaks, rate),
+        false_alarms_low=low,
+        false_alarms_high=high,
     )
-    return scorer.calibration
 
 
-def select(
-    scorer: Scorer, candidates: list[Calibration], alphas: tuple[float, ...], normal_nhwc: np.ndarray
-) -> Calibration:
-    """The candidate and weight of the KL map that find implanted defects best: no labelled defect is looked at.
+class Candidate(NamedTuple):
+    """A measure, calibrated but for alpha and thresholds, and what it says of images in the order they were given."""
 
-    Every normal photograph, uint8 (n, map_size, map_size, 3), gets a defect DEFECTS_PER_IMAGE times, the kinds taking turns.
-    The sum of pixel AUROC and PRO decides; the first of equals wins.
-    """
-    images, masks = implanted(normal_nhwc, scorer.config.training.seed)
-    metrics = {(i, alpha): LocalizationMetrics() for i in range(len(candidates)) for alpha in alphas}
+    calibration: Calibration
+    parts: list[BranchMaps]
+
+
+def measured(
+    scorer: Scorer, measures: Sequence[Measure], held_out_nhwc: np.ndarray, images_nhwc: np.ndarray
+) -> list[Candidate]:
+    """Every measure with statistics of the held-out images, and the maps of all images under each."""
+    return [
+        Candidate(_statistics(measure, normal), parts)
+        for measure, normal, parts in zip(
+            measures,
+            _branch_maps(scorer, measures, held_out_nhwc),
+            _branch_maps(scorer, measures, images_nhwc),
+            strict=True,
+        )
+    ]
+
+
+def _branch_maps(scorer: Scorer, measures: Sequence[Measure], images_nhwc: np.ndarray) -> list[list[BranchMaps]]:
+    parts: list[list[BranchMaps]] = [[] for _ in measures]
+    for evidence in _evidence(scorer, images_nhwc):
+        for kept, measure in zip(parts, measures, strict=True):
+            kept.append(branch_maps(evidence, measure))
+    return parts
+
+
+def _statistics(measure: Measure, normal: list[BranchMaps]) -> Calibration:
+    pixel, feature = (torch.cat(maps) for maps in zip(*normal, strict=True))
+    return Calibration(
+        measure=measure,
+        pixel_mean=pixel.mean((0, 2, 3)),
+        pixel_std=pixel.std((0, 2, 3)),
+        feature_mean=feature.mean((0, 2, 3)),
+        feature_std=feature.std((0, 2, 3)),
+        alpha=0.0,
+        normal_scores=torch.zeros(0),
+        threshold=0.0,
+        pixel_threshold=0.0,
+        false_alarms_low=0.0,
+        false_alarms_high=1.0,
+    )
+
+
+def judge(scorer: Scorer, candidate: Candidate, truth: np.ndarray) -> list[Choice]:
+    """How well a candidate finds defects with each weight of the pixel branch; truth: the masks (n, H, W) of its images."""
+    scoring, measure = scorer.config.scoring, candidate.calibration.measure
+    alphas = ALPHAS if scoring.alpha is None else (scoring.alpha,)
+    metrics = {alpha: LocalizationMetrics() for alpha in alphas}
     start = 0
-    for raw in _raw(scorer, images):
-        truth = masks[start : start + len(raw.kl)]
-        start += len(raw.kl)
-        for i, candidate in enumerate(candidates):
-            found = scorer.maps(raw, candidate)
-            for alpha in alphas:
-                combined = stored_map(alpha * found.kl + (1 - alpha) * found.feature)
-                metrics[i, alpha].update(combined.cpu().numpy(), truth)
-    results = {key: metric.compute() for key, metric in metrics.items()}
-    best, alpha = max(results, key=lambda key: results[key]["pixel_auroc"] + results[key]["pro_0.30"])
-    return replace(candidates[best], alpha=alpha)
+    for part in candidate.parts:
+        masks = truth[start : start + len(part.pixel)]
+        start += len(part.pixel)
+        found = scorer.maps(part, candidate.calibration)
+        for alpha, metric in metrics.items():
+            combined = stored_map(alpha * found.pixel + (1 - alpha) * found.feature)
+            scores = top_mean(combined.float(), scoring.top_pixels)
+            metric.update(combined.cpu().numpy(), masks, scores.cpu().numpy())
+    covariance = "none" if measure.feature is None else "place" if measure.feature.by_place else "general"
+    results = {alpha: metric.compute() for alpha, metric in metrics.items()}
+    return [
+        Choice(
+            scoring=scoring,
+            covariance=covariance,
+            subtract_prediction=measure.subtract_prediction,
+            alpha=alpha,
+            pixel_auroc=result["pixel_auroc"],
+            pro=result["pro_0.30"],
+            image_auroc=result["image_auroc"],
+        )
+        for alpha, result in results.items()
+    ]
+
+
+def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Measure]:
+    """The measures that the config allows, with Gaussians of training photographs, uint8 (n, map_size, map_size, 3)."""
+    scoring, seed = scorer.config.scoring, scorer.config.training.seed
+    subtract = {"subtract": [True], "ignore": [False], "select": [True, False]}[scoring.prediction]
+    general = scoring.covariance != "none"
+    place = scoring.covariance in ("place", "select")
+
+    def vectors(evidence: Evidence) -> list[Tensor]:
+        return [evidence.residuals if subtracted else evidence.features for subtracted in subtract]
+
+    # Every cell is a sample of a general Gaussian: a few images, spread over all, are many.
+    few = training_nhwc[:: max(1, len(training_nhwc) // GENERAL_IMAGES)]
+    of_pixels, of_features = Moments(by_place=False), [Moments(by_place=False) for _ in subtract]
+    if general or scoring.pixel == "gaussian":
+        for evidence in _evidence(scorer, few):
+            of_pixels.add(evidence.denoising)
+            for moments, cells in zip(of_features, vectors(evidence), strict=True):
+                moments.add(cells)
+    generals = [general_gaussian(moments) for moments in of_features] if general else []
+
+    pixel = None
+    places: list[NormalGaussian] = []
+    if place or scoring.pixel == "gaussian":
+        whole = general_gaussian(of_pixels)
+        pixels = Moments(whole.whitening[0], by_place=True)
+        by_place = [Moments(place_projection(g, scoring.place_dimensions, seed), by_place=True) for g in generals]
+        for evidence in _evidence(scorer, training_nhwc):
+            pixels.add(evidence.denoising)
+            if place:
+                for moments, cells in zip(by_place, vectors(evidence), strict=True):
+                    moments.add(cells)
+        if scoring.pixel == "gaussian":
+            pixel = place_gaussians(pixels)
+        if place:
+            places = [place_gaussians(moments) for moments in by_place]
+
+    if not general:
+        return [Measure(pixel, None, True)]
+    kept = {"general": [generals], "place": [places], "select": [generals, places]}[scoring.covariance]
+    return [
+        Measure(pixel, gaussian, subtracted)
+        for gaussians in kept
+        for gaussian, subtracted in zip(gaussians, subtract, strict=True)
+    ]
 
 
 def implanted(normal_nhwc: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,16 +247,6 @@ def implanted(normal_nhwc: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarra
     return np.stack([image for image, _ in pairs]), np.stack([mask for _, mask in pairs])
 
 
-def place_statistics(sums: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-    """Means and mean squares (2, T, G, G) -> mean and deviation (T, G, G), pooled over `sigma` cells around; 0: over all."""
-    if sigma == 0:
-        pooled = sums.mean((2, 3), keepdim=True).expand_as(sums)
-    else:
-        pooled = gaussian_blur(sums.flatten(0, 1), sigma).view_as(sums)
-    mean, square = pooled
-    return mean.float(), (square - mean**2).clamp(min=1e-24).sqrt().float()
-
-
 def prediction_bound(values: np.ndarray, rate: float) -> float:
     """Upper bound that a further value exceeds with probability `rate`: Student's one-sided prediction interval.
 
@@ -120,30 +257,29 @@ def prediction_bound(values: np.ndarray, rate: float) -> float:
     return float(values.mean() + quantile * values.std(ddof=1) * np.sqrt(1 + 1 / n))
 
 
-def _raw(scorer: Scorer, images_nhwc: np.ndarray) -> Iterator[RawMaps]:
+def exceedance_interval(values: np.ndarray, bound: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of the probability that a further value exceeds `bound`: exact for normal values, by the noncentral t law.
+
+    values float (n,), n >= 2, not all equal, else (0, 1). Owen 1968: sqrt(n) (bound - mean) / deviation is noncentral t with
+    n - 1 degrees of freedom and noncentrality sqrt(n) z, where z is the true quantile of the bound.
+    """
+    n, deviation = len(values), values.std(ddof=1)
+    if deviation == 0:
+        return 0.0, 1.0
+    statistic = np.sqrt(n) * (bound - values.mean()) / deviation
+    ends = []
+    for tail in ((1 - confidence) / 2, (1 + confidence) / 2):
+        # nct.cdf falls from 1 to 0 as the noncentrality grows.
+        noncentrality = optimize.brentq(
+            lambda shift, tail=tail: stats.nct.cdf(statistic, n - 1, shift) - tail,
+            statistic - 10 * (1 + abs(statistic)),
+            statistic + 10 * (1 + abs(statistic)),
+        )
+        ends.append(float(stats.norm.sf(noncentrality / np.sqrt(n))))
+    return min(ends), max(ends)
+
+
+def _evidence(scorer: Scorer, images_nhwc: np.ndarray) -> Iterator[Evidence]:
     batch = scorer.config.scoring.batch_size
     for start in range(0, len(images_nhwc), batch):
-        yield scorer.raw_maps(images_nhwc[start : start + batch])
-
-
-def _cells(scorer: Scorer, maps: Tensor) -> Tensor:
-    """(N, T, S, S) -> mean and mean square within every cell of the feature grid, float64 (2, N, T, G, G)."""
-    moments = torch.stack([maps.double(), maps.double().square()])
-    cells = F.adaptive_avg_pool2d(moments.flatten(0, 2), scorer.config.features.grid)
-    return cells.view(*moments.shape[:3], *cells.shape[1:])
-
-
-def _gaussians(scorer: Scorer, training_nhwc: np.ndarray) -> Iterator[ResidualGaussian | None]:
-    """The ways of measuring residuals that the config allows."""
-    covariance = scorer.config.scoring.covariance
-    if covariance == "none":
-        yield None
-        return
-    # Every cell is a sample of the general Gaussian: a few images, spread over all, are many.
-    few = training_nhwc[:: max(1, len(training_nhwc) // GENERAL_IMAGES)]
-    general = fit_general(raw.residuals for raw in _raw(scorer, few))
-    if covariance in ("general", "select"):
-        yield general
-    if covariance in ("place", "select"):
-        residuals = (raw.residuals for raw in _raw(scorer, training_nhwc))
-        yield fit_places(residuals, general, scorer.config.training.seed)
+        yield scorer.evidence(images_nhwc[start : start + batch])

@@ -23,7 +23,7 @@ from pydantic import (
 from pipeline.diffusion.process import Schedule
 from pipeline.errors import UserError
 
-PresetName = Literal["demo", "fast", "paper", "unified"]
+PresetName = Literal["demo", "fast", "best", "paper", "unified"]
 
 
 class Section(BaseModel):
@@ -56,6 +56,8 @@ class FeatureConfig(Section):
     """A timm model name; tf_efficientnet_lite0/1/2 need no network connection."""
     stages: tuple[NonNegativeInt, ...] = Field((0, 1, 2, 3), min_length=1)
     """Backbone stages whose outputs are concatenated."""
+    input_size: int | None = Field(None, ge=32)
+    """Side in pixels to which photographs are enlarged or shrunk for the extractor; null takes them as read (map_size)."""
     grid: int = Field(64, ge=4)
     """Side of the feature map in cells; `image_size / grid` must be a power of two within the U-Net."""
     neighbourhood: int = Field(1, ge=1)
@@ -101,18 +103,27 @@ class ScoringConfig(Section):
     timesteps: tuple[NonNegativeInt, ...] = Field((5, 50, 100), min_length=1)
     """Indices into the respaced chain at which each image is noised once."""
     alpha: float | None = Field(0.5, ge=0, le=1)
-    """Weight of the KL map; the feature map has 1 - alpha. null: each model takes the one that finds defects implanted in
-    its held-out normal images best."""
+    """Weight of the pixel branch; the feature branch has 1 - alpha. null: each model takes the one that finds defects
+    implanted in its held-out normal images best."""
     normalisation: Literal["calibration", "image"] = "calibration"
     """KL and feature maps are centred and scaled by held-out normal images, or (published code) KL by each image itself."""
     kl_sigma: float = Field(0.0, ge=0)
-    """Gaussian smoothing of the KL map before calibration, in map pixels."""
-    kl_place_sigma: float = Field(0.0, ge=0)
-    """The KL map's calibration statistics belong to a place and its neighbours, weighted by a Gaussian this wide, in map
-    pixels; 0 takes the same statistics everywhere, as the feature map does."""
+    """Gaussian smoothing of the KL map before calibration, in map pixels, where `pixel` is "kl"."""
+    pixel: Literal["kl", "gaussian"] = "kl"
+    """The pixel branch: the KL map (published), or how far KL and the denoised image's change lie from what is normal at
+    their place."""
+    pixel_grid: int = Field(32, ge=4)
+    """Side in cells of the grid on which `pixel` "gaussian" measures."""
+    pixel_window: int = Field(3, ge=1)
+    """Cells each way over which it averages; odd."""
+    prediction: Literal["subtract", "ignore", "select"] = "subtract"
+    """What the feature branch measures: features minus the network's prediction (published), the features themselves, or
+    whichever finds defects implanted in held-out normal images best."""
     covariance: Literal["none", "general", "place", "select"] = "none"
-    """How feature residuals are measured: plain squares (published), Mahalanobis distance under the Gaussian of normal
-    residuals in general or at each place, or whichever finds defects implanted in held-out normal images best."""
+    """How the feature branch measures: plain squares (published), Mahalanobis distance under the Gaussian of normal images
+    in general or at each place, or whichever finds defects implanted in held-out normal images best."""
+    place_dimensions: int = Field(100, ge=1)
+    """Random directions kept for the Gaussian of each place; memory grows with the square."""
     map_sigma: float = Field(0.0, ge=0)
     """Gaussian smoothing of the final map, in map pixels."""
     map_size: int = Field(256, ge=16)
@@ -162,6 +173,14 @@ class Config(Section):
             )
         if self.features.neighbourhood % 2 == 0:
             raise ValueError(f"features.neighbourhood = {self.features.neighbourhood}: must be odd")
+        if self.scoring.pixel_window % 2 == 0:
+            raise ValueError(f"scoring.pixel_window = {self.scoring.pixel_window}: must be odd")
+        if net.image_size % self.scoring.pixel_grid:
+            raise ValueError(
+                f"scoring.pixel_grid = {self.scoring.pixel_grid}: must divide network.image_size ({net.image_size})"
+            )
+        if self.scoring.covariance == "none" and self.scoring.prediction != "subtract":
+            raise ValueError('scoring.prediction: must be "subtract" where scoring.covariance is "none"')
         if max(self.scoring.timesteps) >= self.scoring.respaced_steps:
             raise ValueError(
                 f"scoring.timesteps = {self.scoring.timesteps}: each must be below respaced_steps ({self.scoring.respaced_steps})"
@@ -188,7 +207,7 @@ PRESETS: dict[PresetName, Config] = {
         features=FeatureConfig(grid=32, neighbourhood=3),
         training=TrainingConfig(iterations=120, batch_size=8, learning_rate=4e-4, ema_decay=0.97, max_timestep=450),
         scoring=ScoringConfig(
-            alpha=None, kl_sigma=4.0, kl_place_sigma=16.0, map_sigma=4.0, covariance="general", batch_size=16
+            alpha=None, pixel="gaussian", prediction="select", map_sigma=4.0, covariance="general", batch_size=16
         ),
     ),
     "fast": Config(
@@ -201,9 +220,43 @@ PRESETS: dict[PresetName, Config] = {
             attention_resolutions=(8, 16),
             num_head_channels=32,
         ),
-        features=FeatureConfig(grid=32),
+        features=FeatureConfig(input_size=512, grid=64, neighbourhood=3),
         training=TrainingConfig(iterations=400, batch_size=4, learning_rate=4e-4, ema_decay=0.99, max_timestep=450),
-        scoring=ScoringConfig(alpha=None, kl_sigma=4.0, kl_place_sigma=16.0, map_sigma=2.0, covariance="select"),
+        scoring=ScoringConfig(
+            timesteps=(5, 25),
+            alpha=None,
+            pixel="gaussian",
+            prediction="select",
+            covariance="select",
+            place_dimensions=64,
+            map_sigma=2.0,
+        ),
+    ),
+    # What the CPU study found (pipeline/ACCURACY.md), at twice the network's resolution and width, for one data-centre GPU.
+    "best": Config(
+        preset="best",
+        network=NetworkConfig(
+            image_size=256,
+            model_channels=64,
+            channel_mult=(1, 2, 4, 6, 8),
+            num_res_blocks=1,
+            attention_resolutions=(8, 16),
+            num_head_channels=64,
+        ),
+        features=FeatureConfig(input_size=512, grid=64, neighbourhood=3),
+        training=TrainingConfig(
+            iterations=3000, batch_size=16, learning_rate=3e-4, ema_decay=0.997, max_timestep=450, checkpoint_every=500
+        ),
+        scoring=ScoringConfig(
+            timesteps=(5, 25),
+            alpha=None,
+            pixel="gaussian",
+            prediction="select",
+            covariance="select",
+            place_dimensions=64,
+            map_sigma=2.0,
+            batch_size=16,
+        ),
     ),
     # The published recipe; scoring.normalisation "image" is what its code does to the KL map. Its extractor's weights come
     # from a model hub: without one, set features.extractor=tf_efficientnet_lite0.

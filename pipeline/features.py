@@ -31,8 +31,11 @@ class FeatureExtractor(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, *, stages: Sequence[int], grid: int, neighbourhood: int = 1) -> None:
+    def __init__(
+        self, name: str, *, stages: Sequence[int], grid: int, neighbourhood: int = 1, input_size: int | None = None
+    ) -> None:
         super().__init__()
+        self.input_size = input_size
         self.grid = grid
         self.neighbourhood = neighbourhood
         self.backbone = load_backbone(name, stages)
@@ -48,6 +51,9 @@ class FeatureExtractor(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        side = self.input_size or x.shape[-1]
+        if side != x.shape[-1]:
+            x = F.interpolate(x, size=(side, side), mode="bicubic", align_corners=False, antialias=side < x.shape[-1])
         stages = self.backbone(((x + 1) / 2 - self.mean) / self.std)
         features = torch.cat([resize_features(stage.float(), self.grid) for stage in stages], dim=1)
         window = self.neighbourhood
@@ -59,7 +65,13 @@ class FeatureExtractor(nn.Module):
     @classmethod
     def of(cls, config: FeatureConfig) -> FeatureExtractor:
         """The extractor that a config describes. Raises UserError as load_backbone does."""
-        return cls(config.extractor, stages=config.stages, grid=config.grid, neighbourhood=config.neighbourhood)
+        return cls(
+            config.extractor,
+            stages=config.stages,
+            grid=config.grid,
+            neighbourhood=config.neighbourhood,
+            input_size=config.input_size,
+        )
 
 
 def resize_features(features: Tensor, grid: int) -> Tensor:

@@ -6,6 +6,7 @@ therefore needs no generator state, and several ranks share one global batch tha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +70,13 @@ class Fit:
         labels: np.ndarray | None = None,
         device: torch.device | str = "cpu",
         rank: Rank | None = None,
+        initial_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """images_nhwc: the training photographs, uint8 (N, map_size, map_size, 3); labels: their classes (N,), when joint."""
+        """images_nhwc: the training photographs, uint8 (N, map_size, map_size, 3); labels: their classes (N,), when joint.
+
+        initial_weights: a published checkpoint to start the U-Net from; its label embedding is dropped. Raises UserError
+        when it belongs to another network.
+        """
         training = config.training
         self.config = config
         self.device = torch.device(device)
@@ -88,6 +94,11 @@ class Fit:
         self.denoiser = (
             Denoiser(config, extractor.channels, self.num_classes).to(self.device).to(memory_format=torch.channels_last)
         )
+        if initial_weights is not None:
+            try:
+                self.denoiser.unet.load_guided_diffusion(initial_weights, labels=False)
+            except ValueError as error:
+                raise UserError(f"initial weights do not fit the network of the preset: {error}") from error
         if config.features.standardise:
             self._measure_features()
         self.average = [p.detach().clone() for p in self.denoiser.unet.parameters()]

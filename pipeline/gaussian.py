@@ -1,7 +1,7 @@
-"""Gaussians of normal feature residuals: how far a residual lies from what normal photographs show, in general or at its place.
+"""Gaussians of what normal photographs show: how far a vector at a cell lies from it, in general or at its place.
 
-The general one is shared by all places, which suits textures. The one of each place is PaDiM's (Defard et al. 2021) applied to
-residuals, which suits products that always lie alike; its covariance is shrunk towards the general one.
+The general one is shared by all places, which suits textures. The one of each place is PaDiM's (Defard et al. 2021), which
+suits products that always lie alike; its covariance is shrunk towards the general one.
 """
 
 from __future__ import annotations
@@ -12,79 +12,111 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PLACE_DIMENSIONS = 100
-"""Directions kept for the Gaussians of places, as PaDiM keeps 100 random features: memory grows with the square."""
-
 
 @dataclass(frozen=True)
-class ResidualGaussian:
+class NormalGaussian:
     """A Gaussian per place, or one for all (P = 1); float32 on one device, at most G * G * d * d numbers."""
 
     projection: Tensor
-    """(d, C): applied to residuals first."""
+    """(d, C): applied to vectors first."""
     mean: Tensor
-    """(P, d) of projected residuals; P is 1 or G * G, places row by row."""
+    """(P, d) of projected vectors; P is 1 or G * G, places row by row."""
     whitening: Tensor
-    """(P, d, d): inverse Cholesky factors of the covariances of projected residuals."""
+    """(P, d, d): inverse Cholesky factors of the covariances of projected vectors."""
 
-    def distance(self, residuals: Tensor) -> Tensor:
-        """Squared Mahalanobis distance over d, (N, C, G, G) -> (N, G, G): about 1 for normal residuals."""
-        n, _, grid, _ = residuals.shape
-        projected = torch.einsum("dc,ncxy->xydn", self.projection, residuals).reshape(grid * grid, -1, n)
+    @property
+    def by_place(self) -> bool:
+        """Whether every place has its own."""
+        return len(self.whitening) > 1
+
+    def distance(self, cells: Tensor) -> Tensor:
+        """Squared Mahalanobis distance over d, (N, C, G, G) -> (N, G, G): about 1 for normal cells."""
+        n, _, grid, _ = cells.shape
+        projected = torch.einsum("dc,ncxy->xydn", self.projection, cells).reshape(grid * grid, -1, n)
         # One batch of products over places; a single Gaussian takes all places as its columns.
         centred = projected - self.mean[..., None]
-        if len(self.whitening) == 1:
+        if not self.by_place:
             centred = centred.permute(1, 0, 2).reshape(1, -1, grid * grid * n)
         white = torch.bmm(self.whitening, centred)
         return white.square().mean(-2).reshape(grid, grid, n).permute(2, 0, 1).contiguous()
 
 
-def fit_general(batches: Iterable[Tensor]) -> ResidualGaussian:
-    """One Gaussian of the residuals of all places, from batches (N, C, G, G); two sums are kept, not the residuals.
+class Moments:
+    """Running sums of projected vectors, of all places together or of each: constant memory however many images."""
+
+    def __init__(self, projection: Tensor | None = None, *, by_place: bool) -> None:
+        self.projection = projection
+        self.by_place = by_place
+        self.count = 0
+        self.total: Tensor | float = 0.0
+        self.outer: Tensor | float = 0.0
+
+    def add(self, cells: Tensor) -> None:
+        """Take (N, C, G, G) into account."""
+        if self.projection is not None:
+            cells = torch.einsum("dc,ncxy->ndxy", self.projection, cells)
+        samples = cells.permute(2, 3, 0, 1).flatten(0, 1)  # (places, N, d)
+        if not self.by_place:
+            samples = samples.flatten(0, 1)[None].double()
+        self.count += samples.shape[1]
+        self.total = self.total + samples.sum(1)
+        self.outer = self.outer + torch.bmm(samples.transpose(1, 2), samples)
+
+    def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
+        """(P, d) and (P, d, d)."""
+        assert isinstance(self.total, Tensor) and isinstance(self.outer, Tensor), "at least one batch"
+        mean = self.total / self.count
+        scatter = self.outer - self.count * mean[:, :, None] * mean[:, None, :]
+        return mean, scatter / max(1, self.count - self.by_place)
+
+
+def general_gaussian(moments: Moments) -> NormalGaussian:
+    """One Gaussian of the vectors of all places.
 
     A hundredth of the mean variance is added to the diagonal, so that nearly constant channels do not dominate.
     """
-    count = 0
-    total: Tensor | float = 0.0
-    outer: Tensor | float = 0.0
-    for residuals in batches:
-        cells = residuals.transpose(0, 1).flatten(1).double()
-        count += cells.shape[1]
-        total = total + cells.sum(1)
-        outer = outer + cells @ cells.T
-    assert isinstance(total, Tensor) and isinstance(outer, Tensor), "at least one batch"
-    mean = total / count
-    covariance = outer / count - mean[:, None] * mean
-    eye = torch.eye(len(mean), dtype=torch.float64, device=mean.device)
-    whitening = _inverse_factor(covariance + 0.01 * covariance.diagonal().mean() * eye)
-    return ResidualGaussian(eye.float(), mean.float()[None], whitening.float()[None])
+    mean, covariance = moments.mean_and_covariance()
+    eye = torch.eye(mean.shape[1], dtype=torch.float64, device=mean.device)
+    whitening = _inverse_factor(covariance + 0.01 * covariance[0].diagonal().mean() * eye)
+    return NormalGaussian(eye.float(), mean.float(), whitening.float())
 
 
-def fit_places(batches: Iterable[Tensor], general: ResidualGaussian, seed: int) -> ResidualGaussian:
-    """A Gaussian for every place from batches (N, C, G, G) of n images in all, in random directions whitened by `general`.
-
-    The covariance is shrunk towards the general one by d / (d + n): the fewer the images, the more.
-    """
+def place_projection(general: NormalGaussian, dimensions: int, seed: int) -> Tensor:
+    """Defard et al. 2021, section IV-B: random directions, here of space whitened by `general`. (min(dimensions, C), C)."""
     channels = general.projection.shape[1]
-    dimensions = min(PLACE_DIMENSIONS, channels)
     generator = torch.Generator().manual_seed(seed)
     directions = torch.linalg.qr(torch.randn(channels, channels, generator=generator))[0][:dimensions]
-    projection = directions.to(general.whitening.device) @ general.whitening[0]
-    count = 0
-    total: Tensor | float = 0.0
-    outer: Tensor | float = 0.0
-    for residuals in batches:
-        cells = torch.einsum("dc,ncxy->xynd", projection, residuals).flatten(0, 1)
-        count += cells.shape[1]
-        total = total + cells.sum(1)
-        outer = outer + torch.bmm(cells.transpose(1, 2), cells)
-    assert isinstance(total, Tensor) and isinstance(outer, Tensor), "at least one batch"
-    mean = total / count
-    covariance = (outer - count * mean[:, :, None] * mean[:, None, :]) / max(1, count - 1)
-    shrinkage = dimensions / (dimensions + count)
+    return directions.to(general.whitening.device) @ general.whitening[0]
+
+
+def place_gaussians(moments: Moments) -> NormalGaussian:
+    """A Gaussian for every place from moments by place of whitened vectors (`place_projection`).
+
+    The covariance of d dimensions from n images is shrunk towards the general one by d / (d + n): the fewer, the more.
+    """
+    assert moments.projection is not None and moments.by_place
+    mean, covariance = moments.mean_and_covariance()
+    dimensions = mean.shape[1]
+    shrinkage = dimensions / (dimensions + moments.count)
     eye = torch.eye(dimensions, device=mean.device)
     whitening = _inverse_factor((1 - shrinkage) * covariance + shrinkage * eye)
-    return ResidualGaussian(projection, mean, whitening)
+    return NormalGaussian(moments.projection, mean, whitening)
+
+
+def fit_general(batches: Iterable[Tensor]) -> NormalGaussian:
+    """general_gaussian of batches (N, C, G, G)."""
+    moments = Moments(by_place=False)
+    for cells in batches:
+        moments.add(cells)
+    return general_gaussian(moments)
+
+
+def fit_places(batches: Iterable[Tensor], general: NormalGaussian, dimensions: int, seed: int) -> NormalGaussian:
+    """place_gaussians of batches (N, C, G, G)."""
+    moments = Moments(place_projection(general, dimensions, seed), by_place=True)
+    for cells in batches:
+        moments.add(cells)
+    return place_gaussians(moments)
 
 
 def _inverse_factor(covariance: Tensor) -> Tensor:

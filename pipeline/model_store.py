@@ -7,7 +7,7 @@ MODELS/<category>/latest.json               {"version": ...}; written last
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
@@ -24,15 +24,15 @@ from pipeline import __version__
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.features import FeatureExtractor
-from pipeline.gaussian import ResidualGaussian
-from pipeline.scoring import Calibration, Denoiser, Scorer
+from pipeline.gaussian import NormalGaussian
+from pipeline.scoring import Calibration, Denoiser, Measure, Scorer
 from pipeline.storage import Location, require_exists
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files' layout; a reader refuses a higher one."""
 
-_TENSORS = ("kl_mean", "kl_std", "feature_mean", "feature_std", "normal_scores")
-_NUMBERS = ("alpha", "threshold", "pixel_threshold")
+_TENSORS = ("pixel_mean", "pixel_std", "feature_mean", "feature_std", "normal_scores")
+_NUMBERS = ("alpha", "threshold", "pixel_threshold", "false_alarms_low", "false_alarms_high")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class ModelInfo:
     version: str
     config: Config
     calibration: dict[str, float]
-    """alpha, threshold and pixel_threshold."""
+    """alpha, thresholds, and the interval of the rate of false alarms."""
+    subtract_prediction: bool
+    """Whether the feature branch measures features minus their prediction."""
     classes: tuple[str, ...] | None
     """The categories that share the network, in the order of their labels; None for a network of its own."""
     provenance: dict[str, Any]
@@ -69,14 +71,17 @@ def save_model(
     scorer: Scorer,
     classes: Sequence[str] | None,
     provenance: dict[str, Any],
+    selection: Sequence[Mapping[str, Any]] = (),
 ) -> Location:
-    """Store a calibrated scorer as MODELS/<category>/<version> and make it the latest. Returns its folder."""
+    """Store a calibrated scorer as MODELS/<category>/<version>; `publish` makes it the one in use. Returns its folder."""
     assert scorer.calibration is not None
     folder = models / category / version
     tensors = {f"denoiser.{name}": tensor for name, tensor in scorer.denoiser.state_dict().items()}
     tensors |= {f"calibration.{name}": getattr(scorer.calibration, name) for name in _TENSORS}
-    if scorer.calibration.gaussian is not None:
-        tensors |= {f"gaussian.{name}": tensor for name, tensor in asdict(scorer.calibration.gaussian).items()}
+    measure = scorer.calibration.measure
+    for branch, gaussian in (("pixel", measure.pixel), ("feature", measure.feature)):
+        if gaussian is not None:
+            tensors |= {f"{branch}_gaussian.{name}": tensor for name, tensor in asdict(gaussian).items()}
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     (folder / "weights.safetensors").write_bytes(save_tensors(plain))
     (folder / "model.json").write_json(
@@ -86,12 +91,18 @@ def save_model(
             "version": version,
             "config": scorer.config.model_dump(mode="json"),
             "calibration": {name: getattr(scorer.calibration, name) for name in _NUMBERS},
+            "subtract_prediction": measure.subtract_prediction,
             "classes": None if classes is None else list(classes),
             "provenance": provenance,
+            "selection": list(selection),
         }
     )
-    (models / category / "latest.json").write_json({"version": version})
     return folder
+
+
+def publish(models: Location, category: str, version: str) -> None:
+    """Make a stored version the one that scoring uses."""
+    (models / category / "latest.json").write_json({"version": version})
 
 
 def model_categories(models: Location) -> list[str]:
@@ -129,7 +140,16 @@ def model_info(models: Location, category: str, version: str | None = None) -> M
     try:
         config = Config.model_validate(text["config"])
         classes = None if text["classes"] is None else tuple(text["classes"])
-        return ModelInfo(folder, category, text["version"], config, text["calibration"], classes, text["provenance"])
+        return ModelInfo(
+            location=folder,
+            category=category,
+            version=text["version"],
+            config=config,
+            calibration=text["calibration"],
+            subtract_prediction=text["subtract_prediction"],
+            classes=classes,
+            provenance=text["provenance"],
+        )
     except (ValidationError, KeyError) as error:
         first = "; ".join(line.strip() for line in str(error).splitlines()[:3])
         raise UserError(f"{folder}/model.json does not fit this release ({first}): train the category again") from error
@@ -143,9 +163,14 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
         extractor = FeatureExtractor.of(info.config.features)
         denoiser = Denoiser(info.config, extractor.channels, len(info.classes) if info.classes else None)
         denoiser.load_state_dict(_under("denoiser.", tensors))
-        gaussian = _under("gaussian.", tensors)
+        pixel, feature = (_under(f"{branch}_gaussian.", tensors) for branch in ("pixel", "feature"))
+        measure = Measure(
+            NormalGaussian(**pixel) if pixel else None,
+            NormalGaussian(**feature) if feature else None,
+            info.subtract_prediction,
+        )
         known: dict[str, Any] = {**_under("calibration.", tensors), **info.calibration}
-        calibration = Calibration(gaussian=ResidualGaussian(**gaussian) if gaussian else None, **known)
+        calibration = Calibration(measure=measure, **known)
     except torch.OutOfMemoryError:
         raise
     except (FileNotFoundError, SafetensorError, RuntimeError, TypeError) as error:

@@ -20,7 +20,7 @@ from pipeline.diffusion.loss import kl_map
 from pipeline.diffusion.process import DiffusionProcess
 from pipeline.diffusion.unet import UNet
 from pipeline.features import FeatureExtractor
-from pipeline.gaussian import ResidualGaussian
+from pipeline.gaussian import NormalGaussian
 from pipeline.images import to_unit_range
 
 
@@ -53,46 +53,69 @@ class Denoiser(nn.Module):
         return F.avg_pool2d(x, factor) if factor > 1 else x
 
 
-class RawMaps(NamedTuple):
-    """Uncalibrated evidence of N images on T noise scales, float32."""
+class Evidence(NamedTuple):
+    """What the network and the extractor say of N images on T noise scales, not yet compared with normal images; float32."""
 
     kl: Tensor
     """(N, T, S, S) at the network's side, bits."""
+    denoising: Tensor
+    """(N, 4 T, g, g) on the pixel grid: per noise scale the log of the KL map, and what denoising changed in each colour."""
     squares: Tensor
     """(N, T, G, G): mean over channels of the squared feature residuals."""
     residuals: Tensor
-    """(N, C, G, G): feature residuals, averaged over the noise scales."""
+    """(N, C, G, G): features minus their prediction, averaged over the noise scales."""
+    features: Tensor
+    """(N, C, G, G): the features, on the scale that the network predicts."""
+
+
+class Measure(NamedTuple):
+    """How evidence becomes two maps."""
+
+    pixel: NormalGaussian | None
+    """Measures `Evidence.denoising`; None takes the KL map, as published."""
+    feature: NormalGaussian | None
+    """Measures residuals or features; None takes the residuals' plain squares, as published."""
+    subtract_prediction: bool
+    """Whether `feature` measures residuals rather than features."""
+
+
+class BranchMaps(NamedTuple):
+    """The two maps of N images, not yet calibrated: (N, T', s, s) of the pixel branch, (N, T', G, G) of the feature branch."""
+
+    pixel: Tensor
+    feature: Tensor
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What held-out normal images say of the evidence, and what follows from it. Tensors are float32 on the scorer's device."""
+    """What normal images say of the evidence, and what follows from it. Tensors are float32 on the scorer's device."""
 
-    kl_mean: Tensor
-    """(T, G, G) of the smoothed KL map, per cell of the feature grid, bits."""
-    kl_std: Tensor
-    """(T, G, G)."""
+    measure: Measure
+    pixel_mean: Tensor
+    """(T',) of the pixel branch over held-out normal images; T' is 1 where a Gaussian makes one map of all noise scales."""
+    pixel_std: Tensor
     feature_mean: Tensor
-    """(T,) of the feature map; (1,) where `gaussian` makes one map of all noise scales."""
+    """(T',) of the feature branch."""
     feature_std: Tensor
-    """(T,) or (1,)."""
-    gaussian: ResidualGaussian | None
-    """Measures residuals; None takes their plain squares, as published."""
     alpha: float
-    """Weight of the KL map in the combined map."""
+    """Weight of the pixel branch in the combined map."""
     normal_scores: Tensor
     """(n,) sorted image scores of the held-out normal images."""
     threshold: float
     """Image score above which an image is anomalous at the configured false-alarm rate."""
     pixel_threshold: float
     """Map value above which a pixel belongs to a region, at the same rate per image."""
+    false_alarms_low: float
+    """Lower end of the 95 % confidence interval of the rate at which normal images exceed `threshold`."""
+    false_alarms_high: float
+    """Its upper end: wide, where few images were held out."""
 
 
 class Maps(NamedTuple):
     """Calibrated maps (N, map_size, map_size) float32: the ensemble and its two branches."""
 
     combined: Tensor
-    kl: Tensor
+    pixel: Tensor
     feature: Tensor
 
 
@@ -116,7 +139,7 @@ class ScoredImages:
     scores: np.ndarray
     """float64 (n,): the mean of the largest pixels of the map, at float16."""
     kl_scores: np.ndarray
-    """float64 (n,): the same of the KL branch alone."""
+    """float64 (n,): the same of the pixel branch (KL and denoising) alone."""
     feature_scores: np.ndarray
     """float64 (n,): the same of the feature branch alone."""
 
@@ -172,28 +195,31 @@ class Scorer:
         device: torch.device | str = "cpu",
         label: int | None = None,
     ) -> None:
-        self.config = denoiser.config
         self.device = torch.device(device)
         self.denoiser = denoiser.to(self.device).to(memory_format=torch.channels_last).eval()
         self.extractor = extractor.to(self.device).to(memory_format=torch.channels_last)
-        self.calibration = calibration
         self.label = label
-        scoring = self.config.scoring
-        full = DiffusionProcess.from_schedule(self.config.schedule)
-        self.process = full.respaced(scoring.respaced_steps)
-        self.noise = fixed_noise(self.config).to(self.device)
+        self.calibration: Calibration | None = None
+        self.configure(denoiser.config)
+        self.calibration = calibration
+
+    def configure(self, config: Config) -> None:
+        """Score with other settings of the same network and extractor; the calibration is forgotten."""
+        self.config = config
+        self.process = DiffusionProcess.from_schedule(config.schedule).respaced(config.scoring.respaced_steps)
+        self.noise = fixed_noise(config).to(self.device)
+        self.calibration = None
 
     @torch.inference_mode()
-    def raw_maps(self, images_nhwc: np.ndarray) -> RawMaps:
+    def evidence(self, images_nhwc: np.ndarray) -> Evidence:
         """uint8 (N, map_size, map_size, 3), N <= scoring.batch_size -> evidence of every noise scale, on the device."""
-        batch = self.config.scoring.batch_size
-        n, steps = len(images_nhwc), len(self.config.scoring.timesteps)
+        scoring = self.config.scoring
+        batch, n, steps = scoring.batch_size, len(images_nhwc), len(scoring.timesteps)
         # A fixed batch shape makes every image's arithmetic the same whatever its company.
         padded = np.concatenate([images_nhwc, np.repeat(images_nhwc[-1:], batch - n, axis=0)])
         x = torch.from_numpy(to_unit_range(padded)).to(self.device, memory_format=torch.channels_last)
-        x_start = self.denoiser.shrink(x)
-        t = torch.tensor(self.config.scoring.timesteps, device=self.device).repeat(batch)
-        x_start = x_start.repeat_interleave(steps, 0)
+        t = torch.tensor(scoring.timesteps, device=self.device).repeat(batch)
+        x_start = self.denoiser.shrink(x).repeat_interleave(steps, 0)
         x_t = self.process.q_sample(x_start, t, self.noise.repeat(batch, 1, 1, 1))
         labels = None if self.label is None else torch.full_like(t, self.label)
         low_precision = self.config.training.precision == "bfloat16"
@@ -203,15 +229,18 @@ class Scorer:
             )
             target = self.denoiser.target(self.extractor(x))
         eps, v = output.prediction.float().chunk(2, dim=1)
-        kl = kl_map(self.process, x_start, x_t, t, eps, v).unflatten(0, (batch, steps))
+        kl = kl_map(self.process, x_start, x_t, t, eps, v)
+        changed = x_start - self.process.predict_x_start(x_t, t, eps).clamp(-1, 1)
+        denoising = denoising_cells(kl, changed, scoring.pixel_grid, scoring.pixel_window)
         assert output.features is not None
         residuals = target[:, None] - output.features.unflatten(0, (batch, steps))
-        return RawMaps(kl[:n], residuals.square().mean(2)[:n], residuals.mean(1)[:n])
-
-    def smoothed_kl(self, kl: Tensor) -> Tensor:
-        """KL maps (N, T, S', S') at the network's side -> smoothed maps (N, T, S, S) at map size."""
-        maps = self.upsample(kl)
-        return gaussian_blur(maps.flatten(0, 1), self.config.scoring.kl_sigma).view_as(maps)
+        return Evidence(
+            kl.unflatten(0, (batch, steps))[:n],
+            denoising.unflatten(0, (batch, steps)).flatten(1, 2)[:n],
+            residuals.square().mean(2)[:n],
+            residuals.mean(1)[:n],
+            target[:n],
+        )
 
     def upsample(self, maps: Tensor) -> Tensor:
         """(N, T, s, s) -> (N, T, map_size, map_size), bilinear."""
@@ -219,39 +248,57 @@ class Scorer:
         return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
 
     @torch.inference_mode()
-    def maps(self, raw: RawMaps, calibration: Calibration) -> Maps:
-        """Lu et al. 2023, eq. 11: A = mean over t of alpha s_KL + (1 - alpha) s_feature, both calibrated."""
+    def maps(self, branches: BranchMaps, calibration: Calibration) -> Maps:
+        """Lu et al. 2023, eq. 11: A = mean over t of alpha s_pixel + (1 - alpha) s_feature, both calibrated."""
         scoring = self.config.scoring
-        kl, feature = self.smoothed_kl(raw.kl), feature_evidence(raw, calibration.gaussian)
+        pixel, feature = self.upsample(branches.pixel), self.upsample(branches.feature)
+        if calibration.measure.pixel is None:
+            pixel = gaussian_blur(pixel.flatten(0, 1), scoring.kl_sigma).view_as(pixel)
         if scoring.normalisation == "image":
             # The released code: KL scaled by its own image, features left raw.
-            kl = (kl - kl.mean((2, 3), keepdim=True)) / kl.std((2, 3), keepdim=True)
+            pixel = (pixel - pixel.mean((2, 3), keepdim=True)) / pixel.std((2, 3), keepdim=True)
         else:
-            kl = (kl - self.upsample(calibration.kl_mean[None])) / self.upsample(calibration.kl_std[None])
+            pixel = (pixel - calibration.pixel_mean[:, None, None]) / calibration.pixel_std[:, None, None]
             feature = (feature - calibration.feature_mean[:, None, None]) / calibration.feature_std[:, None, None]
-        parts = (kl.mean(1), self.upsample(feature).mean(1))
-        kl, feature = (gaussian_blur(part, scoring.map_sigma) for part in parts)
-        return Maps(calibration.alpha * kl + (1 - calibration.alpha) * feature, kl, feature)
+        pixel, feature = (gaussian_blur(part.mean(1), scoring.map_sigma) for part in (pixel, feature))
+        return Maps(calibration.alpha * pixel + (1 - calibration.alpha) * feature, pixel, feature)
 
     def score(self, images_nhwc: np.ndarray) -> ScoredImages:
         """Maps and scores of any number of photographs, uint8 (n, map_size, map_size, 3), n >= 1."""
         assert self.calibration is not None, "a scorer without calibration only gives raw maps"
         batch, count = self.config.scoring.batch_size, self.config.scoring.top_pixels
+        measure = self.calibration.measure
         maps, scores = [], []
         for start in range(0, len(images_nhwc), batch):
-            found = self.maps(self.raw_maps(images_nhwc[start : start + batch]), self.calibration)
+            found = self.maps(branch_maps(self.evidence(images_nhwc[start : start + batch]), measure), self.calibration)
             # Everything downstream sees float16: scores are taken from what is stored.
             stored = stored_map(found.combined)
             maps.append(stored.cpu().numpy())
-            branches = [top_mean(part.float(), count) for part in (stored, found.kl, found.feature)]
+            branches = [top_mean(part.float(), count) for part in (stored, found.pixel, found.feature)]
             scores.append(torch.stack(branches).cpu().numpy())
-        combined, kl, feature = np.concatenate(scores, axis=1)
-        return ScoredImages(np.concatenate(maps), combined, kl, feature)
+        combined, pixel, feature = np.concatenate(scores, axis=1)
+        return ScoredImages(np.concatenate(maps), combined, pixel, feature)
 
 
-def feature_evidence(raw: RawMaps, gaussian: ResidualGaussian | None) -> Tensor:
-    """Lu et al. 2023, eq. 10: squared residuals per noise scale (N, T, G, G), or their distance from normal (N, 1, G, G)."""
-    return raw.squares if gaussian is None else gaussian.distance(raw.residuals)[:, None]
+def denoising_cells(kl: Tensor, changed: Tensor, grid: int, window: int) -> Tensor:
+    """What denoising says of each cell: the log of the mean KL (N, S, S), and the mean of x_start minus its denoised estimate
+    (N, 3, S, S), whose sign makes errors add up in a defect and cancel in noise. -> (N, 4, grid, grid), averaged over `window`
+    cells each way."""
+    cells = F.adaptive_avg_pool2d(torch.cat([kl[:, None], changed], 1), grid)
+    cells = torch.cat([cells[:, :1].clamp(min=1e-5).log(), cells[:, 1:]], 1)
+    return F.avg_pool2d(cells, window, stride=1, padding=window // 2, count_include_pad=False)
+
+
+def branch_maps(evidence: Evidence, measure: Measure) -> BranchMaps:
+    """The two maps of an image: KL (Lu et al. 2023, section 3.1) and squared feature residuals (eq. 10) for every noise scale,
+    or the distances of denoising and features from normal, one map each."""
+    pixel, feature = evidence.kl, evidence.squares
+    if measure.pixel is not None:
+        pixel = measure.pixel.distance(evidence.denoising)[:, None]
+    if measure.feature is not None:
+        vectors = evidence.residuals if measure.subtract_prediction else evidence.features
+        feature = measure.feature.distance(vectors)[:, None]
+    return BranchMaps(pixel, feature)
 
 
 def stored_map(combined: Tensor) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import pickle
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -19,13 +21,15 @@ import ray.train.torch
 import torch
 
 from pipeline.calibration import calibrate
-from pipeline.config import Config
+from pipeline.config import Config, ScoringConfig
 from pipeline.datasets import Layout, Record, training_records
 from pipeline.errors import UserError
 from pipeline.features import FeatureExtractor
 from pipeline.fit import FEWEST_IMAGES, Fit, Rank, split_holdout
 from pipeline.images import ImageError, decode, resize
-from pipeline.model_store import new_version, package_versions, save_model
+from pipeline.model_store import new_version, package_versions, publish, save_model
+from pipeline.scoring import Scorer
+from pipeline.selection import summary
 from pipeline.storage import Location
 
 State = Literal["queued", "running", "done", "failed"]
@@ -48,11 +52,18 @@ class TrainingJob:
     workers: int
     cpus_per_worker: int
     gpus_per_worker: float
+    initial_weights: Location | None = None
+    """A published guided-diffusion checkpoint that the network starts from."""
+    variants: tuple[ScoringConfig, ...] = ()
+    """Ways of scoring of which the best is kept; none: the config's own."""
+    publish: bool = True
+    """Whether the model becomes the one in use as soon as it is stored."""
 
     @property
     def run_name(self) -> str:
-        """Names the checkpoints of one interrupted run: same categories, data set and settings, same run."""
-        what = hashlib.sha256("\0".join([self.dataset.uri, *self.categories]).encode()).hexdigest()[:8]
+        """Names the checkpoints of one interrupted run: same categories, data set, settings and start, same run."""
+        start = [] if self.initial_weights is None else [self.initial_weights.uri]
+        what = hashlib.sha256("\0".join([self.dataset.uri, *self.categories, *start]).encode()).hexdigest()[:8]
         return f"{self.name}-{self.config.digest()}-{what}"
 
 
@@ -68,7 +79,8 @@ class Progress:
     """Latest means since the last report: noise, bound, feature."""
     seconds: float = 0.0
     """Wall time since its worker started, as of the last report."""
-    version: str | None = None
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By category, once done: version, chosen settings, figures on implanted defects, held-out images, false alarms."""
     reason: str | None = None
     """Why it failed, one line."""
 
@@ -147,6 +159,7 @@ def _fit_network(job: TrainingJob, board: Any, context: Any, leader: bool) -> No
         labels=np.repeat(np.arange(len(counts)), counts) if classes else None,
         device=ray.train.torch.get_device(),
         rank=rank,
+        initial_weights=None if job.initial_weights is None else load_checkpoint(job.initial_weights),
     )
     _resume(fit, fingerprint)
     resumed_at = fit.step
@@ -170,25 +183,43 @@ def _fit_network(job: TrainingJob, board: Any, context: Any, leader: bool) -> No
             _checkpoint(fit, fingerprint, leader)
 
     if leader:
-        now = datetime.now(UTC)
-        version = new_version(config, now)
+        found = {}
         for label, (category, images) in enumerate(photographs.items()):
             held_out = images[splits[category][1]]
             scorer = fit.scorer(label if classes else None)
-            calibrate(scorer, held_out, training[category])
+            choices = calibrate(scorer, held_out, training[category], job.variants)
+            now = datetime.now(UTC)
+            version = new_version(scorer.config, now)
             provenance = {
                 "dataset": job.dataset.uri,
                 "data_fingerprint": fingerprint,
                 "training_images": len(training[category]),
                 "held_out_images": len(held_out),
+                "initial_weights": job.initial_weights and job.initial_weights.uri,
                 "resumed_at_step": resumed_at,
                 "seconds": round(time.time() - started, 1),
                 "losses": means,
                 "packages": package_versions(),
                 "created": now.isoformat(timespec="seconds"),
             }
-            save_model(job.models, category, version, scorer, classes, provenance)
-        ray.get(board.post.remote(job.name, {"state": "done", "version": version, "seconds": time.time() - started}))
+            tried = [summary(choice, job.variants) for choice in choices]
+            save_model(job.models, category, version, scorer, classes, provenance, tried)
+            if job.publish:
+                publish(job.models, category, version)
+            found[category] = _outcome(scorer, version, len(held_out)) | tried[0]
+        ray.get(board.post.remote(job.name, {"state": "done", "found": found, "seconds": time.time() - started}))
+
+
+def _outcome(scorer: Scorer, version: str, held_out: int) -> dict[str, Any]:
+    calibration = scorer.calibration
+    assert calibration is not None
+    return {
+        "version": version,
+        "held_out_images": held_out,
+        "false_alarm_rate": scorer.config.scoring.false_alarm_rate,
+        "false_alarms_low": calibration.false_alarms_low,
+        "false_alarms_high": calibration.false_alarms_high,
+    }
 
 
 def _load_category(job: TrainingJob, category: str) -> np.ndarray:
@@ -198,6 +229,19 @@ def _load_category(job: TrainingJob, category: str) -> np.ndarray:
             f"category {category!r} has {len(records)} normal training images: at least {FEWEST_IMAGES} are needed"
         )
     return load_photographs(records, job.config.scoring.map_size)
+
+
+def load_checkpoint(location: Location) -> Mapping[str, torch.Tensor]:
+    """A PyTorch checkpoint of tensors by name, on the CPU; nothing in it is executed. Raises UserError when it is not one."""
+    try:
+        state = torch.load(io.BytesIO(location.read_bytes()), map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"--initial-weights {location}: no such file") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"--initial-weights {location}: not a PyTorch checkpoint of weights") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"--initial-weights {location}: expected tensors by name, as guided-diffusion publishes them")
+    return state
 
 
 def _resume(fit: Fit, fingerprint: str) -> None:

@@ -34,7 +34,9 @@ TINY = Config(
     training=TrainingConfig(
         iterations=24, batch_size=4, learning_rate=2e-3, ema_decay=0.8, max_timestep=450, precision="float32"
     ),
-    scoring=ScoringConfig(map_size=32, batch_size=4, top_pixels=8, kl_sigma=1.0, map_sigma=1.0, covariance="general"),
+    scoring=ScoringConfig(
+        map_size=32, batch_size=4, top_pixels=8, kl_sigma=1.0, map_sigma=1.0, covariance="general", pixel_grid=8
+    ),
 )
 
 

@@ -2,69 +2,110 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from pipeline.calibration import ALPHAS, implanted, place_statistics, prediction_bound, select
-from pipeline.scoring import RawMaps
+from pipeline.calibration import ALPHAS, calibrate, exceedance_interval, fit_measures, implanted, prediction_bound
+from pipeline.scoring import BranchMaps, Scorer, branch_maps
 
 
-def all_raw_maps(scorer, images):
-    batch = scorer.config.scoring.batch_size
-    raws = [scorer.raw_maps(images[start : start + batch]) for start in range(0, len(images), batch)]
-    return RawMaps(*(torch.cat(parts) for parts in zip(*raws, strict=True)))
+def all_branch_maps(scorer, images):
+    batch, measure = scorer.config.scoring.batch_size, scorer.calibration.measure
+    starts = range(0, len(images), batch)
+    parts = [branch_maps(scorer.evidence(images[start : start + batch]), measure) for start in starts]
+    return BranchMaps(*(torch.cat(maps) for maps in zip(*parts, strict=True)))
 
 
 @pytest.mark.parametrize("covariance", ["none", "general"])
 def test_calibrated_normal_maps_have_mean_0_and_deviation_1(calibrated, held_out, covariance):
     scorer = calibrated(scoring={"timesteps": (50,), "map_sigma": 0.0, "covariance": covariance})
-    maps = scorer.maps(all_raw_maps(scorer, held_out), scorer.calibration)
-    for branch in (maps.kl, maps.feature):
+    maps = scorer.maps(all_branch_maps(scorer, held_out), scorer.calibration)
+    for branch in (maps.pixel, maps.feature):
         assert branch.mean().item() == pytest.approx(0, abs=1e-3)
         assert branch.std().item() == pytest.approx(1, abs=0.15)  # bilinear enlarging smooths
 
 
-def test_alpha_weighs_the_kl_branch(calibrated, fresh):
-    ends = {alpha: calibrated(scoring={"alpha": alpha}) for alpha in (0.0, 0.25, 1.0)}
-    maps = {alpha: scorer.maps(scorer.raw_maps(fresh[:4]), scorer.calibration) for alpha, scorer in ends.items()}
-    torch.testing.assert_close(maps[1.0].combined, maps[1.0].kl)
+def maps_of(scorer, images):
+    return scorer.maps(branch_maps(scorer.evidence(images), scorer.calibration.measure), scorer.calibration)
+
+
+def test_alpha_weighs_the_pixel_branch(calibrated, fresh):
+    maps = {alpha: maps_of(calibrated(scoring={"alpha": alpha}), fresh[:4]) for alpha in (0.0, 0.25, 1.0)}
+    torch.testing.assert_close(maps[1.0].combined, maps[1.0].pixel)
     torch.testing.assert_close(maps[0.0].combined, maps[0.0].feature)
-    torch.testing.assert_close(maps[0.25].combined, 0.25 * maps[1.0].kl + 0.75 * maps[0.0].feature)
+    torch.testing.assert_close(maps[0.25].combined, 0.25 * maps[1.0].pixel + 0.75 * maps[0.0].feature)
     assert not torch.allclose(maps[0.0].combined, maps[1.0].combined)
 
 
 def test_alpha_0_and_1_score_like_their_branch(calibrated, fresh):
-    kl, feature = calibrated(scoring={"alpha": 1.0}).score(fresh), calibrated(scoring={"alpha": 0.0}).score(fresh)
-    np.testing.assert_allclose(kl.scores, kl.kl_scores, rtol=1e-3)
+    pixel, feature = calibrated(scoring={"alpha": 1.0}).score(fresh), calibrated(scoring={"alpha": 0.0}).score(fresh)
+    np.testing.assert_allclose(pixel.scores, pixel.kl_scores, rtol=1e-3)
     np.testing.assert_allclose(feature.scores, feature.feature_scores, rtol=1e-3)
 
 
-def test_a_model_may_choose_the_weight_that_finds_implanted_defects(calibrated, fresh, held_out):
-    scorer = calibrated(scoring={"alpha": None})
-    chosen = scorer.calibration.alpha
-    assert chosen in ALPHAS
-    maps = scorer.maps(scorer.raw_maps(fresh[:4]), scorer.calibration)
-    torch.testing.assert_close(maps.combined, chosen * maps.kl + (1 - chosen) * maps.feature)
-    # A branch that sees nothing is never trusted alone.
-    blind_kl = dataclasses.replace(scorer.calibration, kl_std=scorer.calibration.kl_std * 1e30)
-    blind_feature = dataclasses.replace(scorer.calibration, feature_std=scorer.calibration.feature_std * 1e30)
-    assert select(scorer, [blind_kl], ALPHAS, held_out).alpha < 1
-    assert select(scorer, [blind_feature], ALPHAS, held_out).alpha > 0
+class HalfBlind(Scorer):
+    """A scorer one of whose branches sees nothing but noise."""
+
+    blind: tuple[str, ...] = ()
+
+    def evidence(self, images_nhwc):
+        evidence = super().evidence(images_nhwc)
+        generator = torch.Generator().manual_seed(int(images_nhwc.sum()))
+        noise = {name: torch.rand(getattr(evidence, name).shape, generator=generator) for name in self.blind}
+        return evidence._replace(**noise)
+
+
+@pytest.mark.parametrize(
+    ("blind", "allowed"), [(("kl", "denoising"), ALPHAS[:5]), (("squares", "residuals", "features"), ALPHAS[5:])]
+)
+@pytest.mark.parametrize("pixel", ["kl", "gaussian"])
+def test_a_model_trusts_the_branch_that_finds_implanted_defects(
+    fitted, variant, held_out, photographs, blind, allowed, pixel
+):
+    denoiser = fitted.result()
+    denoiser.config = variant(scoring={"alpha": None, "pixel": pixel, "timesteps": (5, 50)})
+    scorer = HalfBlind(denoiser, fitted.extractor)
+    scorer.blind = blind
+    choices = calibrate(scorer, held_out, photographs)
+    assert sorted(choice.alpha for choice in choices) == sorted(ALPHAS)
+    assert scorer.calibration.alpha == choices[0].alpha
+    assert choices[0].alpha in allowed
+    assert choices[0].merit == max(choice.merit for choice in choices)
+
+
+def test_the_best_way_of_scoring_is_kept(calibrated, fitted, variant, held_out, photographs):
+    settings = {"alpha": 0.0, "covariance": "select", "prediction": "select", "pixel_window": 1}
+    denoiser = fitted.result()
+    denoiser.config = variant(scoring=settings)
+    scorer = Scorer(denoiser, fitted.extractor)
+    variants = [variant(scoring=settings | {"map_sigma": sigma}).scoring for sigma in (0.0, 1.0, 30.0)]
+    choices = calibrate(scorer, held_out, photographs, variants)
+    assert len(choices) == 3 * 4
+    assert {(choice.covariance, choice.subtract_prediction) for choice in choices} == {
+        (covariance, subtract) for covariance in ("general", "place") for subtract in (True, False)
+    }
+    best = choices[0]
+    assert best.scoring.map_sigma < 30, "a smear over the whole map finds nothing"
+    assert scorer.config.scoring == best.scoring
+    assert scorer.calibration.measure.subtract_prediction == best.subtract_prediction
+    assert scorer.calibration.measure.feature.by_place == (best.covariance == "place")
+    # The same as if only the best had been asked for.
+    chosen = {"covariance": best.covariance, "prediction": "subtract" if best.subtract_prediction else "ignore"}
+    alone = calibrated(scoring=settings | chosen | {"map_sigma": best.scoring.map_sigma})
+    np.testing.assert_allclose(alone.score(held_out).scores, scorer.score(held_out).scores, rtol=1e-3)
+    assert alone.calibration.threshold == pytest.approx(scorer.calibration.threshold, rel=1e-3)
 
 
 def test_image_normalisation_scales_kl_by_its_own_image_and_leaves_features(calibrated, fresh):
     settings = {"normalisation": "image", "timesteps": (50,), "covariance": "none", "map_sigma": 0.0}
     scorer = calibrated(scoring=settings)
-    raw = scorer.raw_maps(fresh[:4])
-    maps = scorer.maps(raw, scorer.calibration)
-    for image in maps.kl:
+    maps = maps_of(scorer, fresh[:4])
+    for image in maps.pixel:
         assert image.mean().item() == pytest.approx(0, abs=1e-4)
         assert image.std().item() == pytest.approx(1, abs=1e-4)
-    torch.testing.assert_close(maps.feature, scorer.upsample(raw.squares)[:, 0])
+    torch.testing.assert_close(maps.feature, scorer.upsample(scorer.evidence(fresh[:4]).squares)[:, 0])
     assert np.isfinite(scorer.calibration.threshold)
 
 
@@ -83,25 +124,29 @@ def test_a_stricter_false_alarm_rate_raises_both_thresholds(calibrated):
     assert strict.pixel_threshold > loose.pixel_threshold
 
 
-def test_the_better_way_of_measuring_residuals_is_chosen(calibrated, held_out):
-    scorer = calibrated(scoring={"alpha": 0.0})
-    good = scorer.calibration
-    assert good.gaussian is not None
-    blind = dataclasses.replace(
-        good, gaussian=dataclasses.replace(good.gaussian, projection=torch.zeros_like(good.gaussian.projection))
-    )
-    assert select(scorer, [blind, good], (0.0,), held_out).gaussian is good.gaussian
-    assert select(scorer, [good, blind], (0.0,), held_out).gaussian is good.gaussian
-
-
-@pytest.mark.parametrize("covariance", ["general", "place", "select"])
-def test_every_way_of_measuring_residuals_scores(calibrated, fresh, covariance):
-    scorer = calibrated(scoring={"covariance": covariance, "alpha": None})
-    found = scorer.score(fresh)
-    assert np.isfinite(found.maps).all()
-    assert (
-        len(scorer.calibration.gaussian.whitening) in {"general": (1,), "place": (64,), "select": (1, 64)}[covariance]
-    )
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"covariance": "none"}, [(None, None, True)]),
+        ({"covariance": "none", "pixel": "gaussian"}, [(True, None, True)]),
+        ({"covariance": "general", "prediction": "ignore"}, [(None, False, False)]),
+        ({"covariance": "place", "pixel": "gaussian"}, [(True, True, True)]),
+        (
+            {"covariance": "select", "prediction": "select"},
+            [(None, False, True), (None, False, False), (None, True, True), (None, True, False)],
+        ),
+    ],
+)
+def test_settings_allow_these_measures(fitted, variant, photographs, settings, expected):
+    denoiser = fitted.result()
+    denoiser.config = variant(scoring=settings | {"place_dimensions": 7})
+    measures = fit_measures(Scorer(denoiser, fitted.extractor), photographs)
+    found = [
+        (pixel and pixel.by_place, feature and feature.by_place, subtract) for pixel, feature, subtract in measures
+    ]
+    assert found == expected
+    for _, feature, _ in measures:
+        assert feature is None or feature.mean.shape == ((64, 7) if feature.by_place else (1, 40))
 
 
 def test_implanted_defects_are_the_same_every_time_and_all_marked(held_out):
@@ -112,18 +157,6 @@ def test_implanted_defects_are_the_same_every_time_and_all_marked(held_out):
     assert masks.any(axis=(1, 2)).all()
 
 
-def test_place_statistics_are_moments_of_the_neighbourhood():
-    values = torch.randn(500, 2, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    values[..., 3:] = values[..., 3:] * 5 + 20
-    sums = torch.stack([values.mean(0), values.square().mean(0)])
-    mean, std = place_statistics(sums, 0)
-    assert (mean == mean[:, :1, :1]).all()
-    torch.testing.assert_close(std[0, 0, 0].double(), values[:, 0].std(correction=0), rtol=1e-4, atol=0)
-    mean, std = place_statistics(sums, 0.4)
-    assert abs(mean[0, 2, 0]) < 1 < 18 < mean[0, 2, 5]
-    assert std[0, 2, 5] / std[0, 2, 0] == pytest.approx(5, rel=0.2)
-
-
 @pytest.mark.parametrize(("count", "rate"), [(4, 0.01), (10, 0.05), (60, 0.01)])
 def test_prediction_bound_keeps_its_rate(count, rate):
     rng = np.random.default_rng(count)
@@ -132,3 +165,24 @@ def test_prediction_bound_keeps_its_rate(count, rate):
     exceeded = stats.norm.sf(bounds, 5, 3)
     assert exceeded.mean() == pytest.approx(rate, abs=4 * exceeded.std() / np.sqrt(len(bounds)))
     assert exceeded.mean() == pytest.approx(rate, rel=0.2)
+
+
+@pytest.mark.parametrize("count", [5, 20])
+def test_exceedance_interval_covers_the_true_rate(count):
+    rng = np.random.default_rng(count)
+    covered, widths = 0, []
+    for _ in range(400):
+        values = rng.normal(5, 3, count)
+        bound = prediction_bound(values, 0.01)
+        low, high = exceedance_interval(values, bound)
+        covered += low <= stats.norm.sf(bound, 5, 3) <= high
+        widths.append(high - low)
+    assert 0.92 <= covered / 400 <= 0.98
+    assert np.mean(widths) > 0.01, "few images promise little"
+
+
+def test_exceedance_interval_narrows_with_more_images():
+    values = np.random.default_rng(0).normal(5, 3, 2000)
+    low, high = exceedance_interval(values, prediction_bound(values, 0.05))
+    assert 0.03 < low < 0.05 < high < 0.07
+    assert exceedance_interval(np.full(9, 2.0), 2.0) == (0.0, 1.0)

@@ -100,6 +100,30 @@ def test_training_leaves_photographs_and_extractor_alone(tiny, photographs, extr
     assert_equal_tensors(extractor.state_dict().values(), tensors)
 
 
+# ---- Published weights ----
+
+
+def test_a_fit_starts_from_published_weights(variant, photographs, extractor):
+    published = {
+        name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(7)).half()
+        for name, tensor in Fit(variant(), photographs, extractor).denoiser.unet.state_dict().items()
+        if not name.startswith("feature_head.")
+    }
+    published["label_emb.weight"] = torch.zeros(1000, 128, dtype=torch.float16)  # of other classes than ours
+    for labels in (None, np.arange(16) % 2):
+        fit = Fit(variant(), photographs, extractor, labels=labels, initial_weights=published)
+        own = fit.denoiser.unet.state_dict()
+        for name in published.keys() - {"label_emb.weight"}:
+            assert torch.equal(own[name], published[name].float()), name
+        assert_equal_tensors(fit.average, weights(fit))
+        assert (fit.denoiser.unet.label_emb is None) == (labels is None)
+
+
+def test_published_weights_of_another_network_are_refused(variant, photographs, extractor):
+    with pytest.raises(UserError, match="initial weights do not fit the network of the preset: the checkpoint lacks"):
+        Fit(variant(), photographs, extractor, initial_weights={"out.0.weight": torch.zeros(32)})
+
+
 # ---- Resuming and ranks ----
 
 

@@ -33,7 +33,7 @@ def test_the_general_distance_equals_numpys(residuals: torch.Tensor) -> None:
 
 def test_the_distance_at_a_place_equals_numpys(residuals: torch.Tensor) -> None:
     general = fit_general([residuals])
-    gaussian = fit_places(residuals.split(64), general, seed=0)
+    gaussian = fit_places(residuals.split(64), general, CHANNELS, seed=0)
     place = (1, 3)
     white = general.whitening[0].double().numpy() @ residuals[:, :, *place].double().numpy().T
     shrinkage = CHANNELS / (CHANNELS + 200)
@@ -47,14 +47,14 @@ def test_batches_do_not_matter(residuals: torch.Tensor) -> None:
     general = fit_general([residuals])
     for one, other in (
         (general, fit_general(residuals.split(7))),
-        (fit_places([residuals], general, 0), fit_places(residuals.split(7), general, 0)),
+        (fit_places([residuals], general, CHANNELS, 0), fit_places(residuals.split(7), general, CHANNELS, 0)),
     ):
         torch.testing.assert_close(one.distance(residuals), other.distance(residuals), rtol=1e-3, atol=1e-3)
 
 
 def test_what_is_normal_elsewhere_is_only_seen_by_the_gaussian_of_its_place(residuals: torch.Tensor) -> None:
     general = fit_general([residuals])
-    places = fit_places([residuals], general, seed=0)
+    places = fit_places([residuals], general, CHANNELS, seed=0)
     misplaced = residuals.roll(8, dims=2).roll(3, dims=3)
     assert places.distance(misplaced).mean() > 2 * places.distance(residuals).mean()
     assert general.distance(misplaced).mean() == pytest.approx(general.distance(residuals).mean().item(), rel=0.01)

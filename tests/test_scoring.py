@@ -11,6 +11,8 @@ from pipeline.scoring import (
     Denoiser,
     Region,
     Scorer,
+    branch_maps,
+    denoising_cells,
     find_regions,
     fixed_noise,
     gaussian_blur,
@@ -69,12 +71,52 @@ def test_the_noise_belongs_to_the_model(tiny, variant):
     assert not torch.equal(noise[0], noise[1])
 
 
-def test_raw_maps_have_one_entry_per_noise_scale(scorer, fresh):
-    raw = scorer.raw_maps(fresh[:3])
-    assert raw.kl.shape == (3, 3, 16, 16)
-    assert raw.squares.shape == (3, 3, 8, 8)
-    assert raw.residuals.shape == (3, 40, 8, 8)
-    assert (raw.kl >= 0).all()
+def test_evidence_has_one_entry_per_noise_scale(scorer, fresh):
+    evidence = scorer.evidence(fresh[:3])
+    assert evidence.kl.shape == (3, 3, 16, 16)
+    assert evidence.denoising.shape == (3, 12, 8, 8)
+    assert evidence.squares.shape == (3, 3, 8, 8)
+    assert evidence.residuals.shape == evidence.features.shape == (3, 40, 8, 8)
+    assert (evidence.kl >= 0).all()
+
+
+def test_denoising_cells_are_means_over_a_window_of_cells():
+    generator = torch.Generator().manual_seed(0)
+    kl = torch.rand(2, 16, 16, generator=generator) + 0.1
+    changed = torch.randn(2, 3, 16, 16, generator=generator)
+    single = denoising_cells(kl, changed, grid=8, window=1)
+    assert single.shape == (2, 4, 8, 8)
+    torch.testing.assert_close(single[1, 0, 3, 4], kl[1, 6:8, 8:10].mean().log())
+    torch.testing.assert_close(single[1, 2, 3, 4], changed[1, 1, 6:8, 8:10].mean())
+    wide = denoising_cells(kl, changed, grid=8, window=3)
+    torch.testing.assert_close(wide[1, :, 3, 4], single[1, :, 2:5, 3:6].mean((1, 2)))
+    torch.testing.assert_close(wide[1, :, 0, 0], single[1, :, :2, :2].mean((1, 2)))  # borders average what there is
+
+
+def test_every_measure_gives_two_maps(calibrated, fresh):
+    settings = {"timesteps": (5, 50), "alpha": 0.5}
+    published = calibrated(scoring=settings | {"covariance": "none"})
+    evidence = published.evidence(fresh[:2])
+    found = branch_maps(evidence, published.calibration.measure)
+    assert found.pixel is evidence.kl
+    assert found.feature is evidence.squares
+    ours = calibrated(scoring=settings | {"covariance": "place", "pixel": "gaussian", "prediction": "ignore"})
+    measure = ours.calibration.measure
+    found = branch_maps(evidence, measure)
+    assert found.pixel.shape == found.feature.shape == (2, 1, 8, 8)
+    assert measure.pixel.by_place
+    torch.testing.assert_close(found.pixel[:, 0], measure.pixel.distance(evidence.denoising))
+    torch.testing.assert_close(found.feature[:, 0], measure.feature.distance(evidence.features))
+    subtracted = branch_maps(evidence, measure._replace(subtract_prediction=True))
+    torch.testing.assert_close(subtracted.feature[:, 0], measure.feature.distance(evidence.residuals))
+
+
+def test_maps_and_scores_equal_the_recorded_ones(calibrated, fresh):
+    """What this release computes: a change here changes what stored models and thresholds mean."""
+    scorer = calibrated(scoring={"pixel": "gaussian", "covariance": "place", "alpha": 0.5})
+    found = scorer.score(spoiled(fresh[:2]))
+    np.testing.assert_allclose(found.scores, [0.0, 0.0], rtol=2e-2)
+    np.testing.assert_allclose(found.maps[0, 8:24:5, 8:24:5], np.zeros((4, 4)), rtol=2e-2)
 
 
 def test_labels_reach_a_network_with_classes(variant, extractor, fresh):
@@ -84,7 +126,7 @@ def test_labels_reach_a_network_with_classes(variant, extractor, fresh):
         for parameter in denoiser.unet.parameters():  # no branch may stay at zero, as new ones do
             parameter.add_(0.02 * torch.randn_like(parameter))
     first, second, again = (
-        Scorer(denoiser, extractor, label=label).raw_maps(fresh[:2]).residuals for label in (0, 2, 0)
+        Scorer(denoiser, extractor, label=label).evidence(fresh[:2]).residuals for label in (0, 2, 0)
     )
     assert torch.equal(first, again)
     assert not torch.allclose(first, second)

@@ -247,11 +247,17 @@ class UNet(nn.Module):
         network.load_guided_diffusion(state_dict)
         return network
 
-    def load_guided_diffusion(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Copy a published checkpoint into this network; the feature head, which it cannot hold, keeps its values."""
-        weights = {k: v for k, v in state_dict.items() if self.label_emb is not None or k != "label_emb.weight"}
+    def load_guided_diffusion(self, state_dict: Mapping[str, Tensor], *, labels: bool = True) -> None:
+        """Copy a published checkpoint into this network; the feature head, which it cannot hold, keeps its values.
+
+        labels: whether a class-conditional network takes the checkpoint's label embedding too or keeps its own. Raises
+        ValueError as from_guided_diffusion does.
+        """
+        take_labels = labels and self.label_emb is not None
+        weights = {k: v for k, v in state_dict.items() if take_labels or k != "label_emb.weight"}
         own = self.state_dict()
-        expected = {k for k in own if not k.startswith("feature_head.")}
+        kept = ("feature_head.",) if take_labels else ("feature_head.", "label_emb.")
+        expected = {k for k in own if not k.startswith(kept)}
         for problem, keys in (
             ("lacks", expected - weights.keys()),
             ("has an unexpected", weights.keys() - expected),

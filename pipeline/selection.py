@@ -1,0 +1,72 @@
+"""What `--select` tries: every combination of the listed settings, as networks to train and ways of scoring with each."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.calibration import Choice
+from pipeline.config import Config, PresetName, ScoringConfig, load_config
+from pipeline.errors import UserError
+
+DEFAULT_SPACE = ("scoring.map_sigma=[1,2,4]", "scoring.top_pixels=[16,64,256]", "scoring.pixel_window=[1,3]")
+"""Tried where nothing is listed: settings that need no further training."""
+FIXED = ("scoring.map_size", "scoring.false_alarm_rate")
+"""Settings that are a user's wish, or would make the figures incomparable."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One network to train, and the ways of scoring that are tried with it."""
+
+    config: Config
+    """With the first of the ways of scoring."""
+    variants: tuple[ScoringConfig, ...]
+
+
+def candidates(preset: PresetName, overrides: Sequence[str], listed: Sequence[str]) -> list[Candidate]:
+    """All combinations of settings listed as "SECTION.FIELD=[VALUE, VALUE...]". Raises UserError when one is not valid."""
+    axes = []
+    for item in listed:
+        name, separator, text = item.partition("=")
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError:
+            values = None
+        if not separator or not isinstance(values, list) or not values:
+            raise UserError(
+                f"--select {item}: expected SECTION.FIELD=[VALUE,VALUE], for example scoring.map_sigma=[1,2,4]"
+            )
+        if name.strip() in FIXED:
+            raise UserError(f"--select {item}: {name.strip()} is chosen with --set, not by its figures")
+        axes.append([f"{name}={json.dumps(value)}" for value in values])
+    networks: dict[str, list[Config]] = {}
+    for combination in itertools.product(*axes):
+        config = load_config(preset, [*overrides, *combination])
+        networks.setdefault(config.model_dump_json(exclude={"scoring"}), []).append(config)
+    return [Candidate(configs[0], tuple(config.scoring for config in configs)) for configs in networks.values()]
+
+
+def summary(choice: Choice, variants: Sequence[ScoringConfig] = ()) -> dict[str, Any]:
+    """A choice in plain values; of its scoring settings only those in which the variants differ."""
+    scoring = choice.scoring.model_dump(mode="json")
+    others = [variant.model_dump(mode="json") for variant in variants]
+    differing = {name: value for name, value in scoring.items() if any(other[name] != value for other in others)}
+    return differing | {
+        "covariance": choice.covariance,
+        "subtract_prediction": choice.subtract_prediction,
+        "alpha": choice.alpha,
+        "pixel_auroc": choice.pixel_auroc,
+        "pro_0.30": choice.pro,
+        "image_auroc": choice.image_auroc,
+    }
+
+
+def best(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Of candidates by name, with figures as in `summary`, the one that finds implanted defects best; the first of equals."""
+    return max(
+        found, key=lambda name: sum(found[name][figure] for figure in ("pixel_auroc", "pro_0.30", "image_auroc"))
+    )
