@@ -183,12 +183,12 @@ def _fit_network(job: TrainingJob, board: Any, context: Any, leader: bool) -> No
             _checkpoint(fit, fingerprint, leader)
 
     if leader:
+        now = datetime.now(UTC)
         found = {}
         for label, (category, images) in enumerate(photographs.items()):
             held_out = images[splits[category][1]]
             scorer = fit.scorer(label if classes else None)
             choices = calibrate(scorer, held_out, training[category], job.variants)
-            now = datetime.now(UTC)
             version = new_version(scorer.config, now)
             provenance = {
                 "dataset": job.dataset.uri,

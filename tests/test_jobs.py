@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.dataset as ds
 import pytest
+import torch
 from PIL import Image
 
-from pipeline.model_store import model_info
+from pipeline.model_store import load_scorer, model_info
 from pipeline.storage import Location
 from pipeline.textures import write_dataset
 
@@ -29,6 +30,7 @@ TINY = [
     "network.image_size=32",
     "network.channel_mult=[1,2]",
     "network.attention_resolutions=[]",
+    "scoring.pixel_grid=16",
     "features.grid=16",
     "scoring.map_size=64",
 ]
@@ -149,6 +151,46 @@ class TestTraining:
         shared = model_info(Location.parse(tmp_path / "models"), "brick").provenance["losses"]
         # The leader reports the loss of its half of the batch.
         assert shared["noise"] == pytest.approx(alone["noise"], rel=0.2)
+
+    def test_selection_keeps_the_network_that_finds_implanted_defects_and_starts_from_published_weights(
+        self, dataset: Path, models: Path, tmp_path: Path
+    ) -> None:
+        trained = load_scorer(model_info(Location.parse(models), "brick")).denoiser.unet
+        published = {k: v.half() for k, v in trained.state_dict().items() if not k.startswith("feature_head.")}
+        torch.save(published | {"label_emb.weight": torch.zeros(10, 128)}, tmp_path / "published.pt")
+        chosen = tmp_path / "chosen"
+        output = succeeded(
+            job(
+                *("train_all", "--dataset", dataset, "--models", chosen, "--categories", "brick", "--preset", "demo"),
+                *(*TINY, "--initial-weights", tmp_path / "published.pt", "--false-alarm-rate", "0.05"),
+                *("--select", "training.learning_rate=[0.0004,0.4]", "scoring.map_sigma=[1,2]"),
+            )
+        )
+        line = " ".join(output.split())
+        assert "2 networks and 4 ways of scoring tried" in line
+        assert "training.learning_rate=0.0004, scoring.map_sigma=" in line, "a wild rate ruins the network"
+        assert "false alarms 5 % requested" in line
+        versions = {path.parent.name for path in chosen.glob("brick/*/model.json")}
+        assert len(versions) == 2
+        stored = {version: json.loads((chosen / "brick" / version / "model.json").read_text()) for version in versions}
+        merits = {
+            version: sum(model["selection"][0][figure] for figure in ("pixel_auroc", "pro_0.30", "image_auroc"))
+            for version, model in stored.items()
+        }
+        info = model_info(Location.parse(chosen), "brick")
+        assert info.version == max(merits, key=lambda version: merits[version])
+        assert info.provenance["initial_weights"] == str(tmp_path / "published.pt")
+        assert {row["map_sigma"] for row in stored[info.version]["selection"]} == {1.0, 2.0}
+        assert 0 <= info.calibration["false_alarms_low"] < 0.05 < info.calibration["false_alarms_high"] <= 1
+
+        study = tmp_path / "study.json"
+        output = succeeded(job("study", "--dataset", dataset, "--models", chosen, "--json", study))
+        assert "rank correlation" in output
+        rows = json.loads(study.read_text())["brick"]
+        assert {row["alpha"] for row in rows} >= {0.0, 0.5, 1.0}
+        # The way that was chosen has the same figures as when it was chosen.
+        best = max(rows, key=lambda row: sum(row["implanted"].values()))
+        assert sum(best["implanted"].values()) == pytest.approx(merits[info.version], abs=0.02)
 
 
 @pytest.mark.slow
@@ -272,6 +314,16 @@ MISTAKES = {
         ["--dataset", "{data}", "--models", "{tmp}/m", "--set", "training.batch_size=0"],
         "batch_size",
     ),
+    "no such checkpoint": (
+        "train_all",
+        ["--dataset", "{data}", "--models", "{tmp}/m", "--initial-weights", "{tmp}/none.pt"],
+        "no such file",
+    ),
+    "bad selection": (
+        "train_all",
+        ["--dataset", "{data}", "--models", "{tmp}/m", "--select", "scoring.map_sigma=2"],
+        "expected SECTION.FIELD=[VALUE,VALUE]",
+    ),
     "models folder is a file": ("train_all", ["--dataset", "{data}", "--models", "{file}"], "is a file"),
     "no models": (
         "score_archives",
@@ -317,7 +369,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(dataset: Path, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train_all", "score_archives", "evaluate", "demo"])
+@pytest.mark.parametrize("name", ["train_all", "score_archives", "evaluate", "demo", "study"])
 def test_help_shows_every_option(name: str) -> None:
     output = succeeded(job(name, "--help"))
     assert "--" in output
