@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from rich.table import Table
 from scipy import stats
 
@@ -13,12 +15,13 @@ from pipeline.calibration import Choice, fit_measures, judge, judged_images, mea
 from pipeline.command import OK, console, run
 from pipeline.config import Config
 from pipeline.datasets import Layout, detect_layout, labelled_records, training_records
+from pipeline.errors import UserError
 from pipeline.fit import split_holdout
-from pipeline.images import decode_mask, resize_mask
+from pipeline.images import ImageError, decode_mask, resize_mask
 from pipeline.model_store import load_scorer, model_categories, model_info
 from pipeline.selection import summary
 from pipeline.storage import Location, require_writable
-from pipeline.training import load_photographs
+from pipeline.training import data_fingerprint, load_photographs
 
 FIGURES = ("pixel_auroc", "pro_0.30", "image_auroc")
 
@@ -48,6 +51,8 @@ def study(options: Options) -> int:
     dataset, models = Location.parse(options.dataset), Location.parse(options.models)
     layout = options.layout or detect_layout(dataset)
     chosen = options.categories or tuple(model_categories(models))
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {options.device}: PyTorch sees no GPU here; use cpu")
     for category in chosen:
         info = model_info(models, category)
         labelled = len(labelled_records(dataset, layout, category))
@@ -61,7 +66,7 @@ def study(options: Options) -> int:
         report[category] = rows = study_category(dataset, layout, models, category, options.device)
         console.print(alpha_table(category, rows))
         for figure in FIGURES:
-            pairs = [(row["implanted"][figure], row["labelled"][figure]) for row in rows]
+            pairs = [(entry["implanted"][figure], entry["labelled"][figure]) for entry in rows]
             console.print(f"  {figure}: rank correlation {rank_correlation(pairs)}", markup=False)
     if options.json:
         Location.parse(options.json).write_json(report)
@@ -72,30 +77,46 @@ def study_category(
     dataset: Location, layout: Layout, models: Location, category: str, device: str
 ) -> list[dict[str, Any]]:
     """Every measure and weight of the pixel branch, with its figures on implanted and on labelled defects."""
-    scorer = load_scorer(model_info(models, category), device=device)
+    info = model_info(models, category)
+    scorer = load_scorer(info, device=device)
+    assert scorer.calibration is not None
+    feature = scorer.calibration.measure.feature
+    kept = {
+        "covariance": "none" if feature is None else "place" if feature.by_place else "general",
+        "subtract_prediction": info.subtract_prediction,
+        "alpha": info.calibration["alpha"],
+    }
     config = open_choices(scorer.config)
     scorer.configure(config)
     side = config.scoring.map_size
     normal = load_photographs(training_records(dataset, layout, category), side)
+    if info.classes is None and data_fingerprint(normal) != info.provenance["data_fingerprint"]:
+        raise UserError(f"the model of {category!r} was trained on other photographs than those of {dataset}")
     training, held_out = split_holdout(len(normal), config.training.holdout_fraction, config.training.seed)
     records = labelled_records(dataset, layout, category)
     labelled = load_photographs(records, side)
     masks = np.zeros((len(records), side, side), bool)
     for mask, record in zip(masks, records, strict=True):
         if record.mask is not None:
-            mask[:] = resize_mask(decode_mask(record.mask.read_bytes()), side)
+            try:
+                mask[:] = resize_mask(decode_mask(record.mask.read_bytes()), side)
+            except ImageError as error:
+                raise UserError(f"{record.mask}: {error}: replace it") from error
     implants, truth = judged_images(normal[held_out], config.training.seed)
     measures = fit_measures(scorer, normal[training])
     rows = []
     for images, found in ((implants, truth), (labelled, masks)):
         candidates = measured(scorer, measures, normal[held_out], images)
         rows.append([choice for candidate in candidates for choice in judge(scorer, candidate, found)])
-    return [row(*pair) for pair in zip(*rows, strict=True)]
+    entries = [row(*pair) for pair in zip(*rows, strict=True)]
+    return [entry | {"chosen": kept.items() <= entry.items()} for entry in entries]
 
 
 def open_choices(config: Config) -> Config:
     """The same model with everything left open that it chose by itself."""
-    left_open = {"alpha": None, "covariance": "select", "prediction": "select"}
+    left_open: dict[str, Any] = {"alpha": None}
+    if config.scoring.covariance != "none":
+        left_open |= {"covariance": "select", "prediction": "select"}
     return config.model_copy(update={"scoring": config.scoring.model_copy(update=left_open)})
 
 
@@ -103,35 +124,41 @@ def row(implanted: Choice, labelled: Choice) -> dict[str, Any]:
     """One way of scoring in plain values."""
     settings = {key: value for key, value in summary(implanted).items() if key not in FIGURES}
     figures = {
-        name: {figure: summary(choice)[figure] for figure in FIGURES}
+        name: {figure: None if math.isnan(value := summary(choice)[figure]) else value for figure in FIGURES}
         for name, choice in (("implanted", implanted), ("labelled", labelled))
     }
     return settings | figures
 
 
-def rank_correlation(pairs: list[tuple[float, float]]) -> str:
+def rank_correlation(pairs: list[tuple[float | None, float | None]]) -> str:
     """Spearman's, of figures on implanted and labelled defects."""
     implanted, labelled = zip(*pairs, strict=True)
+    if None in labelled:
+        return "undefined: the labelled images are all normal or all defective"
     if len(set(implanted)) == 1 or len(set(labelled)) == 1:
         return "undefined: all equal"
     return f"{stats.spearmanr(implanted, labelled).statistic:.2f}"
 
 
 def alpha_table(category: str, rows: list[dict[str, Any]]) -> Table:
-    """The weights of the pixel branch under the measure that does best on implanted defects."""
-    best = max(rows, key=lambda row: sum(row["implanted"].values()))
-    measure = {key: best[key] for key in ("covariance", "subtract_prediction")}
+    """The weights of the pixel branch under the measure that the model chose."""
+    chosen = next(entry for entry in rows if entry["chosen"])
+    measure = {key: chosen[key] for key in ("covariance", "subtract_prediction")}
     table = Table(title=f"{category}: {measure}", title_justify="left", box=None, padding=(0, 1, 0, 0))
     for name in ("alpha", "implanted", "labelled"):
         table.add_column(name, justify="right")
     for entry in rows:
         if measure.items() <= entry.items():
             texts = [
-                " / ".join(f"{100 * entry[name][figure]:.1f}" for figure in FIGURES)
-                for name in ("implanted", "labelled")
+                " / ".join(percent(entry[name][figure]) for figure in FIGURES) for name in ("implanted", "labelled")
             ]
-            table.add_row(f"{entry['alpha']:g}" + (" chosen" if entry is best else ""), *texts)
+            table.add_row(f"{entry['alpha']:g}" + (" chosen" if entry["chosen"] else ""), *texts)
     return table
+
+
+def percent(value: float | None) -> str:
+    """A rate as text."""
+    return "-" if value is None else f"{100 * value:.1f}"
 
 
 if __name__ == "__main__":

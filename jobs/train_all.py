@@ -16,7 +16,7 @@ from pipeline.model_store import model_info, publish
 from pipeline.progress import model_line, show_training
 from pipeline.ray_session import Resources, ray_session
 from pipeline.selection import DEFAULT_SPACE, best, candidates
-from pipeline.storage import Location, require_writable
+from pipeline.storage import Location, require_exists, require_writable
 from pipeline.training import Progress, TrainingJob, train_categories
 
 
@@ -79,8 +79,8 @@ def train_all(options: Options) -> int:
     config = networks[0].config
     ways = sum(len(network.variants) for network in networks)
     initial_weights = None if options.initial_weights is None else Location.parse(options.initial_weights)
-    if initial_weights is not None and not initial_weights.is_file():
-        raise UserError(f"--initial-weights {initial_weights}: no such file")
+    if initial_weights is not None:
+        require_exists(initial_weights, "--initial-weights")
     layout = options.layout or detect_layout(dataset)
     chosen = tuple(dict.fromkeys(options.categories)) or tuple(categories(dataset, layout))
     counts = {category: len(training_records(dataset, layout, category)) for category in chosen}
@@ -100,6 +100,10 @@ def train_all(options: Options) -> int:
             f"{workers} worker(s) each with {cpus} CPU(s) and {gpus:g} GPU(s); models to {models}",
             markup=False,
         )
+        for number, network in enumerate(networks if len(networks) > 1 else [], 1):
+            console.print(
+                f"  ~{number}: {', '.join(network.settings)}, {len(network.variants)} ways of scoring", markup=False
+            )
         if options.dry_run:
             for category, count in counts.items():
                 console.print(f"  {category}: {count} normal training images")
@@ -126,7 +130,9 @@ def train_all(options: Options) -> int:
     failed = [category for category in chosen if not conclude(category, jobs, outcome, listed)]
     if failed:
         console.print(f"{len(failed)} of {len(chosen)} categories failed: {', '.join(failed)}", style="bold red")
-    return PARTIAL_FAILURE if any(row.state == "failed" for row in outcome) else OK
+    elif any(row.state == "failed" for row in outcome):
+        console.print("some of the networks tried failed; the best of the others is in use")
+    return PARTIAL_FAILURE if failed else OK
 
 
 def conclude(category: str, jobs: list[TrainingJob], outcome: list[Progress], listed: Sequence[str]) -> bool:

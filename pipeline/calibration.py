@@ -6,13 +6,14 @@ measured on the images that shaped it, a Gaussian would promise fewer false alar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import optimize, stats
+from scipy import special, stats
 from torch import Tensor
 
 from pipeline.config import ScoringConfig
@@ -24,7 +25,6 @@ from pipeline.scoring import (
     Evidence,
     Measure,
     Scorer,
-    branch_maps,
     stored_map,
     top_mean,
 )
@@ -36,7 +36,9 @@ GENERAL_IMAGES = 32
 """Training photographs that shape the Gaussians for all places."""
 DEFECTS_PER_IMAGE = 2
 """Implanted versions of every held-out image that choices are made on."""
-LATE = ("alpha", "kl_sigma", "map_sigma", "normalisation", "top_pixels")
+SMALLEST_DEVIATION = 1e-6
+"""Stands in for no deviation at all."""
+LATE = ("alpha", "map_sigma", "normalisation", "top_pixels")
 """Scoring settings that change nothing before the branches are combined."""
 
 
@@ -73,21 +75,31 @@ def calibrate(
     was tried, best first.
     """
     images, truth = judged_images(held_out_nhwc, scorer.config.training.seed)
-    tried: list[tuple[Choice, Calibration]] = []
-    seen: dict[str, list[Candidate]] = {}
-    for scoring in variants or (scorer.config.scoring,):
-        scorer.configure(scorer.config.model_copy(update={"scoring": scoring}))
-        key = scoring.model_dump_json(exclude=set(LATE))
-        if key not in seen:
-            seen[key] = measured(scorer, fit_measures(scorer, training_nhwc), held_out_nhwc, images)
-        for candidate in seen[key]:
-            tried += [(choice, candidate.calibration) for choice in judge(scorer, candidate, truth)]
-    tried.sort(key=lambda found: -found[0].merit)
-    choice, calibration = tried[0]
+    tried: list[Choice] = []
+    best: tuple[Choice, Calibration] | None = None
+    ordered = sorted(variants or (scorer.config.scoring,), key=_early)
+    for _, group in itertools.groupby(ordered, key=_early):
+        # One group at a time: its Gaussians and maps are large.
+        candidates: list[Candidate] = []
+        for scoring in group:
+            scorer.configure(scorer.config.model_copy(update={"scoring": scoring}))
+            candidates = candidates or measured(scorer, fit_measures(scorer, training_nhwc), held_out_nhwc, images)
+            for candidate in candidates:
+                for choice in judge(scorer, candidate, truth):
+                    tried.append(choice)
+                    if best is None or choice.merit > best[0].merit:
+                        best = choice, candidate.calibration
+    assert best is not None
+    choice, calibration = best
     scorer.configure(scorer.config.model_copy(update={"scoring": choice.scoring}))
     scorer.calibration = replace(calibration, alpha=choice.alpha)
     _set_thresholds(scorer, scorer.calibration, held_out_nhwc)
-    return [choice for choice, _ in tried]
+    return sorted(tried, key=lambda choice: -choice.merit)
+
+
+def _early(scoring: ScoringConfig) -> str:
+    """The settings that decide Gaussians and branch maps."""
+    return scoring.model_dump_json(exclude=set(LATE))
 
 
 def judged_images(held_out_nhwc: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -139,18 +151,21 @@ def _branch_maps(scorer: Scorer, measures: Sequence[Measure], images_nhwc: np.nd
     parts: list[list[BranchMaps]] = [[] for _ in measures]
     for evidence in _evidence(scorer, images_nhwc):
         for kept, measure in zip(parts, measures, strict=True):
-            kept.append(branch_maps(evidence, measure))
+            kept.append(scorer.branch_maps(evidence, measure))
     return parts
 
 
 def _statistics(measure: Measure, normal: list[BranchMaps]) -> Calibration:
     pixel, feature = (torch.cat(maps) for maps in zip(*normal, strict=True))
+    if not (pixel.isfinite().all() and feature.isfinite().all()):
+        raise FloatingPointError("the network's maps of normal images are not finite: lower training.learning_rate")
     return Calibration(
         measure=measure,
         pixel_mean=pixel.mean((0, 2, 3)),
-        pixel_std=pixel.std((0, 2, 3)),
+        # Photographs that are all the same leave no deviation.
+        pixel_std=pixel.std((0, 2, 3)).clamp(min=SMALLEST_DEVIATION),
         feature_mean=feature.mean((0, 2, 3)),
-        feature_std=feature.std((0, 2, 3)),
+        feature_std=feature.std((0, 2, 3)).clamp(min=SMALLEST_DEVIATION),
         alpha=0.0,
         normal_scores=torch.zeros(0),
         threshold=0.0,
@@ -213,15 +228,17 @@ def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Measure]:
     pixel = None
     places: list[NormalGaussian] = []
     if place or scoring.pixel == "gaussian":
-        whole = general_gaussian(of_pixels)
-        pixels = Moments(whole.whitening[0], by_place=True)
+        pixels = None
+        if scoring.pixel == "gaussian":
+            pixels = Moments(general_gaussian(of_pixels).whitening[0], by_place=True)
         by_place = [Moments(place_projection(g, scoring.place_dimensions, seed), by_place=True) for g in generals]
         for evidence in _evidence(scorer, training_nhwc):
-            pixels.add(evidence.denoising)
+            if pixels is not None:
+                pixels.add(evidence.denoising)
             if place:
                 for moments, cells in zip(by_place, vectors(evidence), strict=True):
                     moments.add(cells)
-        if scoring.pixel == "gaussian":
+        if pixels is not None:
             pixel = place_gaussians(pixels)
         if place:
             places = [place_gaussians(moments) for moments in by_place]
@@ -258,7 +275,7 @@ def prediction_bound(values: np.ndarray, rate: float) -> float:
 
 
 def exceedance_interval(values: np.ndarray, bound: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of the probability that a further value exceeds `bound`: exact for normal values, by the noncentral t law.
+    """Interval of the probability that a further value exceeds `bound`, if values follow a normal law.
 
     values float (n,), n >= 2, not all equal, else (0, 1). Owen 1968: sqrt(n) (bound - mean) / deviation is noncentral t with
     n - 1 degrees of freedom and noncentrality sqrt(n) z, where z is the true quantile of the bound.
@@ -267,16 +284,9 @@ def exceedance_interval(values: np.ndarray, bound: float, confidence: float = 0.
     if deviation == 0:
         return 0.0, 1.0
     statistic = np.sqrt(n) * (bound - values.mean()) / deviation
-    ends = []
-    for tail in ((1 - confidence) / 2, (1 + confidence) / 2):
-        # nct.cdf falls from 1 to 0 as the noncentrality grows.
-        noncentrality = optimize.brentq(
-            lambda shift, tail=tail: stats.nct.cdf(statistic, n - 1, shift) - tail,
-            statistic - 10 * (1 + abs(statistic)),
-            statistic + 10 * (1 + abs(statistic)),
-        )
-        ends.append(float(stats.norm.sf(noncentrality / np.sqrt(n))))
-    return min(ends), max(ends)
+    tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = sorted(stats.norm.sf(special.nctdtrinc(n - 1, tails, statistic) / np.sqrt(n)))
+    return float(low), float(high)
 
 
 def _evidence(scorer: Scorer, images_nhwc: np.ndarray) -> Iterator[Evidence]:

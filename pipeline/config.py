@@ -175,7 +175,7 @@ class Config(Section):
             raise ValueError(f"features.neighbourhood = {self.features.neighbourhood}: must be odd")
         if self.scoring.pixel_window % 2 == 0:
             raise ValueError(f"scoring.pixel_window = {self.scoring.pixel_window}: must be odd")
-        if net.image_size % self.scoring.pixel_grid:
+        if self.scoring.pixel == "gaussian" and net.image_size % self.scoring.pixel_grid:
             raise ValueError(
                 f"scoring.pixel_grid = {self.scoring.pixel_grid}: must divide network.image_size ({net.image_size})"
             )

@@ -1,7 +1,7 @@
 """Trained categories on storage: weights and calibration as safetensors, everything else as JSON you can read.
 
 MODELS/<category>/<version>/weights.safetensors
-MODELS/<category>/<version>/model.json      config, calibration, provenance; written after the weights
+MODELS/<category>/<version>/model.json      config, calibration, provenance, ways of scoring tried; written after the weights
 MODELS/<category>/latest.json               {"version": ...}; written last
 """
 

@@ -248,12 +248,24 @@ class Scorer:
         return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
 
     @torch.inference_mode()
+    def branch_maps(self, evidence: Evidence, measure: Measure) -> BranchMaps:
+        """The two maps of N images: smoothed KL (Lu et al. 2023, section 3.1) and squared feature residuals (eq. 10) of every
+        noise scale, or the distances of denoising and features from normal, one map each."""
+        if measure.pixel is not None:
+            pixel = measure.pixel.distance(evidence.denoising)[:, None]
+        else:
+            sigma = self.config.scoring.kl_sigma * evidence.kl.shape[-1] / self.config.scoring.map_size
+            pixel = gaussian_blur(evidence.kl.flatten(0, 1), sigma).view_as(evidence.kl)
+        if measure.feature is None:
+            return BranchMaps(pixel, evidence.squares)
+        vectors = evidence.residuals if measure.subtract_prediction else evidence.features
+        return BranchMaps(pixel, measure.feature.distance(vectors)[:, None])
+
+    @torch.inference_mode()
     def maps(self, branches: BranchMaps, calibration: Calibration) -> Maps:
         """Lu et al. 2023, eq. 11: A = mean over t of alpha s_pixel + (1 - alpha) s_feature, both calibrated."""
         scoring = self.config.scoring
         pixel, feature = self.upsample(branches.pixel), self.upsample(branches.feature)
-        if calibration.measure.pixel is None:
-            pixel = gaussian_blur(pixel.flatten(0, 1), scoring.kl_sigma).view_as(pixel)
         if scoring.normalisation == "image":
             # The released code: KL scaled by its own image, features left raw.
             pixel = (pixel - pixel.mean((2, 3), keepdim=True)) / pixel.std((2, 3), keepdim=True)
@@ -270,7 +282,9 @@ class Scorer:
         measure = self.calibration.measure
         maps, scores = [], []
         for start in range(0, len(images_nhwc), batch):
-            found = self.maps(branch_maps(self.evidence(images_nhwc[start : start + batch]), measure), self.calibration)
+            found = self.maps(
+                self.branch_maps(self.evidence(images_nhwc[start : start + batch]), measure), self.calibration
+            )
             # Everything downstream sees float16: scores are taken from what is stored.
             stored = stored_map(found.combined)
             maps.append(stored.cpu().numpy())
@@ -287,18 +301,6 @@ def denoising_cells(kl: Tensor, changed: Tensor, grid: int, window: int) -> Tens
     cells = F.adaptive_avg_pool2d(torch.cat([kl[:, None], changed], 1), grid)
     cells = torch.cat([cells[:, :1].clamp(min=1e-5).log(), cells[:, 1:]], 1)
     return F.avg_pool2d(cells, window, stride=1, padding=window // 2, count_include_pad=False)
-
-
-def branch_maps(evidence: Evidence, measure: Measure) -> BranchMaps:
-    """The two maps of an image: KL (Lu et al. 2023, section 3.1) and squared feature residuals (eq. 10) for every noise scale,
-    or the distances of denoising and features from normal, one map each."""
-    pixel, feature = evidence.kl, evidence.squares
-    if measure.pixel is not None:
-        pixel = measure.pixel.distance(evidence.denoising)[:, None]
-    if measure.feature is not None:
-        vectors = evidence.residuals if measure.subtract_prediction else evidence.features
-        feature = measure.feature.distance(vectors)[:, None]
-    return BranchMaps(pixel, feature)
 
 
 def stored_map(combined: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from pipeline.errors import UserError
 
 DEFAULT_SPACE = ("scoring.map_sigma=[1,2,4]", "scoring.top_pixels=[16,64,256]", "scoring.pixel_window=[1,3]")
 """Tried where nothing is listed: settings that need no further training."""
-FIXED = ("scoring.map_size", "scoring.false_alarm_rate")
-"""Settings that are a user's wish, or would make the figures incomparable."""
+FIXED = ("scoring.map_size", "scoring.false_alarm_rate", "training.seed", "training.holdout_fraction")
+"""Settings that are a user's wish, or under which candidates would be judged on different images."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Candidate:
     config: Config
     """With the first of the ways of scoring."""
     variants: tuple[ScoringConfig, ...]
+    settings: tuple[str, ...]
+    """What tells it from the other networks, such as training.iterations=200."""
 
 
 def candidates(preset: PresetName, overrides: Sequence[str], listed: Sequence[str]) -> list[Candidate]:
@@ -36,7 +38,7 @@ def candidates(preset: PresetName, overrides: Sequence[str], listed: Sequence[st
             values = json.loads(text)
         except json.JSONDecodeError:
             values = None
-        if not separator or not isinstance(values, list) or not values:
+        if not separator or "." not in name or not isinstance(values, list) or not values:
             raise UserError(
                 f"--select {item}: expected SECTION.FIELD=[VALUE,VALUE], for example scoring.map_sigma=[1,2,4]"
             )
@@ -44,10 +46,16 @@ def candidates(preset: PresetName, overrides: Sequence[str], listed: Sequence[st
             raise UserError(f"--select {item}: {name.strip()} is chosen with --set, not by its figures")
         axes.append([f"{name}={json.dumps(value)}" for value in values])
     networks: dict[str, list[Config]] = {}
+    settings: dict[str, list[str]] = {}
     for combination in itertools.product(*axes):
         config = load_config(preset, [*overrides, *combination])
-        networks.setdefault(config.model_dump_json(exclude={"scoring"}), []).append(config)
-    return [Candidate(configs[0], tuple(config.scoring for config in configs)) for configs in networks.values()]
+        key = config.model_dump_json(exclude={"scoring"})
+        networks.setdefault(key, []).append(config)
+        settings[key] = [setting for setting in combination if not setting.strip().startswith("scoring.")]
+    return [
+        Candidate(configs[0], tuple(config.scoring for config in configs), tuple(settings[key]))
+        for key, configs in networks.items()
+    ]
 
 
 def summary(choice: Choice, variants: Sequence[ScoringConfig] = ()) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class TrainingJob:
     """One network to fit: all that a training worker needs to know. Plain values, so that it travels."""
 
     name: str
-    """What progress calls it: the category, or "joint"."""
+    """What progress calls it: the category or "joint", numbered where several networks are tried."""
     categories: tuple[str, ...]
     """The category, or all that share the network."""
     dataset: Location
@@ -62,9 +62,10 @@ class TrainingJob:
     @property
     def run_name(self) -> str:
         """Names the checkpoints of one interrupted run: same categories, data set, settings and start, same run."""
-        start = [] if self.initial_weights is None else [self.initial_weights.uri]
+        start = [] if self.initial_weights is None else [self.initial_weights.fingerprint()]
         what = hashlib.sha256("\0".join([self.dataset.uri, *self.categories, *start]).encode()).hexdigest()[:8]
-        return f"{self.name}-{self.config.digest()}-{what}"
+        name = "joint" if self.config.joint else self.categories[0]
+        return f"{name}-{self.config.digest()}-{what}"
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,12 @@ def _fit_network(job: TrainingJob, board: Any, context: Any, leader: bool) -> No
         for label, (category, images) in enumerate(photographs.items()):
             held_out = images[splits[category][1]]
             scorer = fit.scorer(label if classes else None)
-            choices = calibrate(scorer, held_out, training[category], job.variants)
+            try:
+                choices = calibrate(scorer, held_out, training[category], job.variants)
+            except torch.linalg.LinAlgError as error:
+                raise FloatingPointError(
+                    f"the network's output for {category} is not finite: lower training.learning_rate"
+                ) from error
             version = new_version(scorer.config, now)
             provenance = {
                 "dataset": job.dataset.uri,
@@ -204,9 +210,10 @@ def _fit_network(job: TrainingJob, board: Any, context: Any, leader: bool) -> No
             }
             tried = [summary(choice, job.variants) for choice in choices]
             save_model(job.models, category, version, scorer, classes, provenance, tried)
-            if job.publish:
-                publish(job.models, category, version)
             found[category] = _outcome(scorer, version, len(held_out)) | tried[0]
+        if job.publish:
+            for category, outcome in found.items():
+                publish(job.models, category, outcome["version"])
         ray.get(board.post.remote(job.name, {"state": "done", "found": found, "seconds": time.time() - started}))
 
 

@@ -117,3 +117,13 @@ def test_resizing_averages_whole_cells_and_interpolates_otherwise():
     torch.testing.assert_close(resize_features(ramp, 8)[0, 1, 3], torch.arange(8) * 1.5 + 0.25)
     # Bilinear interpolation keeps a ramp a ramp, except in the outermost half cell.
     torch.testing.assert_close(resize_features(ramp, 24)[0, 0, 0, 1:-1], (torch.arange(1, 23) + 0.5) / 2 - 0.5)
+
+
+def test_a_larger_input_gives_finer_features():
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    plain, larger = (
+        FeatureExtractor("tf_efficientnet_lite0", stages=(0, 1), grid=16, input_size=size) for size in (None, 64)
+    )
+    enlarged = torch.nn.functional.interpolate(x, size=(64, 64), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(larger(x), plain(enlarged))
+    assert not torch.allclose(larger(x), plain(x), atol=0.1)

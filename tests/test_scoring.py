@@ -11,7 +11,6 @@ from pipeline.scoring import (
     Denoiser,
     Region,
     Scorer,
-    branch_maps,
     denoising_cells,
     find_regions,
     fixed_noise,
@@ -97,17 +96,17 @@ def test_every_measure_gives_two_maps(calibrated, fresh):
     settings = {"timesteps": (5, 50), "alpha": 0.5}
     published = calibrated(scoring=settings | {"covariance": "none"})
     evidence = published.evidence(fresh[:2])
-    found = branch_maps(evidence, published.calibration.measure)
-    assert found.pixel is evidence.kl
+    found = published.branch_maps(evidence, published.calibration.measure)
+    assert found.pixel.shape == evidence.kl.shape
     assert found.feature is evidence.squares
     ours = calibrated(scoring=settings | {"covariance": "place", "pixel": "gaussian", "prediction": "ignore"})
     measure = ours.calibration.measure
-    found = branch_maps(evidence, measure)
+    found = ours.branch_maps(evidence, measure)
     assert found.pixel.shape == found.feature.shape == (2, 1, 8, 8)
     assert measure.pixel.by_place
     torch.testing.assert_close(found.pixel[:, 0], measure.pixel.distance(evidence.denoising))
     torch.testing.assert_close(found.feature[:, 0], measure.feature.distance(evidence.features))
-    subtracted = branch_maps(evidence, measure._replace(subtract_prediction=True))
+    subtracted = ours.branch_maps(evidence, measure._replace(subtract_prediction=True))
     torch.testing.assert_close(subtracted.feature[:, 0], measure.feature.distance(evidence.residuals))
 
 

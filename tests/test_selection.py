@@ -19,6 +19,10 @@ def test_scoring_settings_share_a_network() -> None:
 def test_other_settings_train_a_network_for_every_value() -> None:
     found = candidates("fast", ["training.seed=3"], ["features.stages=[[1,2],[2,3]]", "scoring.map_sigma=[1,2]"])
     assert [candidate.config.features.stages for candidate in found] == [(1, 2), (2, 3)]
+    assert [candidate.settings for candidate in found] == [
+        ("features.stages=[1, 2]",),
+        ("features.stages=[2, 3]",),
+    ]
     assert all([v.map_sigma for v in candidate.variants] == [1, 2] for candidate in found)
     assert all(candidate.config.training.seed == 3 for candidate in found)
     assert len({candidate.config.digest() for candidate in found}) == 2
@@ -46,6 +50,8 @@ def test_the_default_space_suits_the_presets(preset: str) -> None:
         ("scoring.map_sigma=[1,-1]", "scoring.map_sigma"),
         ("scoring.colour=[1]", "expected SECTION.FIELD=VALUE"),
         ("scoring.false_alarm_rate=[0.1,0.01]", "chosen with --set"),
+        ("training.seed=[0,1]", "chosen with --set"),
+        ('schedule=["linear","cosine"]', "expected SECTION.FIELD=[VALUE,VALUE]"),
     ],
 )
 def test_a_bad_list_is_told(listed: str, told: str) -> None:
