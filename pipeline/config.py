@@ -179,8 +179,8 @@ class Config(Section):
             raise ValueError(
                 f"scoring.pixel_grid = {self.scoring.pixel_grid}: must divide network.image_size ({net.image_size})"
             )
-        if self.scoring.covariance == "none" and self.scoring.prediction != "subtract":
-            raise ValueError('scoring.prediction: must be "subtract" where scoring.covariance is "none"')
+        if self.scoring.covariance == "none" and self.scoring.prediction == "ignore":
+            raise ValueError('scoring.prediction = "ignore": needs a scoring.covariance other than "none"')
         if max(self.scoring.timesteps) >= self.scoring.respaced_steps:
             raise ValueError(
                 f"scoring.timesteps = {self.scoring.timesteps}: each must be below respaced_steps ({self.scoring.respaced_steps})"
