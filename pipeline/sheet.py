@@ -72,7 +72,8 @@ def _rows(plan: EvaluationPlan, category: str, count: int) -> list[tuple[str, li
         for ids, block in iter_maps(batch.results, category=category, night=batch.night, shard=shard):
             maps |= {key: block[i] for i, key in enumerate(ids) if key in chosen}
     low = float(np.median([np.median(m) for m in maps.values()]))
-    high = float(max(np.quantile(m.astype(np.float32), 0.995) for m in maps.values()))
+    # Full brightness a little above the threshold: a glaring defect must not darken the others.
+    high = 2 * batch.models[category].calibration["pixel_threshold"]
     rows = []
     for key in chosen:
         side = maps[key].shape[0]
