@@ -84,7 +84,9 @@ def study_category(
     kept = {
         "covariance": "none" if feature is None else "place" if feature.by_place else "general",
         "subtract_prediction": info.subtract_prediction,
+        "context_weight": info.context_weight,
         "alpha": info.calibration["alpha"],
+        "top_pixels": info.calibration["top_pixels"],
     }
     config = open_choices(scorer.config)
     scorer.configure(config)
@@ -114,9 +116,11 @@ def study_category(
 
 def open_choices(config: Config) -> Config:
     """The same model with everything left open that it chose by itself."""
-    left_open: dict[str, Any] = {"alpha": None}
+    left_open: dict[str, Any] = {"alpha": None, "top_pixels": None}
     if config.scoring.covariance != "none":
         left_open |= {"covariance": "select", "prediction": "select"}
+    if config.features.context_stages:
+        left_open["context_weight"] = None
     return config.model_copy(update={"scoring": config.scoring.model_copy(update=left_open)})
 
 
@@ -143,7 +147,7 @@ def rank_correlation(pairs: list[tuple[float | None, float | None]]) -> str:
 def alpha_table(category: str, rows: list[dict[str, Any]]) -> Table:
     """The weights of the pixel branch under the measure that the model chose."""
     chosen = next(entry for entry in rows if entry["chosen"])
-    measure = {key: chosen[key] for key in ("covariance", "subtract_prediction")}
+    measure = {key: chosen[key] for key in ("covariance", "subtract_prediction", "context_weight", "top_pixels")}
     table = Table(title=f"{category}: {measure}", title_justify="left", box=None, padding=(0, 1, 0, 0))
     for name in ("alpha", "implanted", "labelled"):
         table.add_column(name, justify="right")

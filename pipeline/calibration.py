@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.config import ScoringConfig
 from pipeline.gaussian import Moments, NormalGaussian, general_gaussian, place_gaussians, place_projection
-from pipeline.metrics import LocalizationMetrics
+from pipeline.metrics import LocalizationMetrics, auroc, score_counts
 from pipeline.scoring import (
     BranchMaps,
     Calibration,
@@ -26,15 +26,19 @@ from pipeline.scoring import (
     Measure,
     Scorer,
     stored_map,
-    top_mean,
+    top_means,
 )
 from pipeline.textures import DEFECTS, implant
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 """Weights of the pixel branch that are tried where a model chooses its own; the first of equals wins."""
+CONTEXT_WEIGHTS = (0.0, 0.25, 0.5)
+"""Weights of the context in the feature branch that are tried where a model chooses its own."""
+TOP_PIXELS = (64, 256, 1024, 4096)
+"""Counts of largest map values in the image score that are tried where a model chooses its own."""
 GENERAL_IMAGES = 32
 """Training photographs that shape the Gaussians for all places."""
-DEFECTS_PER_IMAGE = 2
+DEFECTS_PER_IMAGE = 3
 """Implanted versions of every held-out image that choices are made on."""
 SMALLEST_DEVIATION = 1e-6
 """Stands in for no deviation at all."""
@@ -50,7 +54,9 @@ class Choice:
     covariance: str
     """none, general or place: what measured the features."""
     subtract_prediction: bool
+    context_weight: float
     alpha: float
+    top_pixels: int
     pixel_auroc: float
     pro: float
     """Up to a false-positive rate of 0.3."""
@@ -70,9 +76,8 @@ def calibrate(
 ) -> list[Choice]:
     """Calibrate a scorer on normal photographs, uint8 (n, map_size, map_size, 3), and leave the result in it.
 
-    Of the `variants` of its scoring settings (by default only its own), and of what they leave open (alpha null, prediction and
-    covariance "select"), the way that finds implanted defects best is kept. n >= 2 photographs are held out. Returns all that
-    was tried, best first.
+    Of the `variants` of its scoring settings (by default only its own), and of what they leave open (null or "select"), the
+    way that finds implanted defects best is kept. n >= 2 photographs are held out. Returns all that was tried, best first.
     """
     images, truth = judged_images(held_out_nhwc, scorer.config.training.seed)
     tried: list[Choice] = []
@@ -92,7 +97,7 @@ def calibrate(
     assert best is not None
     choice, calibration = best
     scorer.configure(scorer.config.model_copy(update={"scoring": choice.scoring}))
-    scorer.calibration = replace(calibration, alpha=choice.alpha)
+    scorer.calibration = replace(calibration, alpha=choice.alpha, top_pixels=choice.top_pixels)
     _set_thresholds(scorer, scorer.calibration, held_out_nhwc)
     return sorted(tried, key=lambda choice: -choice.merit)
 
@@ -126,7 +131,7 @@ def _set_thresholds(scorer: Scorer, calibration: Calibration, held_out_nhwc: np.
 
 
 class Candidate(NamedTuple):
-    """A measure, calibrated but for alpha and thresholds, and what it says of images in the order they were given."""
+    """A measure, calibrated but for alpha, image score and thresholds, and what it says of images in the order given."""
 
     calibration: Calibration
     parts: list[BranchMaps]
@@ -167,6 +172,7 @@ def _statistics(measure: Measure, normal: list[BranchMaps]) -> Calibration:
         feature_mean=feature.mean((0, 2, 3)),
         feature_std=feature.std((0, 2, 3)).clamp(min=SMALLEST_DEVIATION),
         alpha=0.0,
+        top_pixels=1,
         normal_scores=torch.zeros(0),
         threshold=0.0,
         pixel_threshold=0.0,
@@ -176,32 +182,41 @@ def _statistics(measure: Measure, normal: list[BranchMaps]) -> Calibration:
 
 
 def judge(scorer: Scorer, candidate: Candidate, truth: np.ndarray) -> list[Choice]:
-    """How well a candidate finds defects with each weight of the pixel branch; truth: the masks (n, H, W) of its images."""
+    """How well a candidate finds defects with each weight of the pixel branch and each image score that the config allows.
+
+    truth: the masks (n, H, W) of its images.
+    """
     scoring, measure = scorer.config.scoring, candidate.calibration.measure
     alphas = ALPHAS if scoring.alpha is None else (scoring.alpha,)
+    tops = TOP_PIXELS if scoring.top_pixels is None else (scoring.top_pixels,)
     metrics = {alpha: LocalizationMetrics() for alpha in alphas}
+    scores: dict[tuple[float, int], list[np.ndarray]] = {pair: [] for pair in itertools.product(alphas, tops)}
     start = 0
     for part in candidate.parts:
         masks = truth[start : start + len(part.pixel)]
         start += len(part.pixel)
-        found = scorer.maps(part, candidate.calibration)
+        branches = scorer.maps(part, candidate.calibration)
         for alpha, metric in metrics.items():
-            combined = stored_map(alpha * found.pixel + (1 - alpha) * found.feature)
-            scores = top_mean(combined.float(), scoring.top_pixels)
-            metric.update(combined.cpu().numpy(), masks, scores.cpu().numpy())
+            combined = stored_map(alpha * branches.pixel + (1 - alpha) * branches.feature)
+            metric.update(combined.cpu().numpy(), masks)
+            for top, values in zip(tops, top_means(combined.float(), tops), strict=True):
+                scores[alpha, top].append(values.cpu().numpy())
     covariance = "none" if measure.feature is None else "place" if measure.feature.by_place else "general"
     results = {alpha: metric.compute() for alpha, metric in metrics.items()}
+    anomalous = np.asarray(truth.any(axis=(1, 2)))
     return [
         Choice(
             scoring=scoring,
             covariance=covariance,
             subtract_prediction=measure.subtract_prediction,
+            context_weight=measure.context_weight,
             alpha=alpha,
-            pixel_auroc=result["pixel_auroc"],
-            pro=result["pro_0.30"],
-            image_auroc=result["image_auroc"],
+            top_pixels=top,
+            pixel_auroc=results[alpha]["pixel_auroc"],
+            pro=results[alpha]["pro_0.30"],
+            image_auroc=auroc(*score_counts(np.concatenate(found), anomalous)),
         )
-        for alpha, result in results.items()
+        for (alpha, top), found in scores.items()
     ]
 
 
@@ -209,21 +224,25 @@ def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Measure]:
     """The measures that the config allows, with Gaussians of training photographs, uint8 (n, map_size, map_size, 3)."""
     scoring, seed = scorer.config.scoring, scorer.config.training.seed
     subtract = {"subtract": [True], "ignore": [False], "select": [True, False]}[scoring.prediction]
-    general = scoring.covariance != "none"
-    place = scoring.covariance in ("place", "select")
+    general, place = scoring.covariance != "none", scoring.covariance in ("place", "select")
+    stages = scorer.config.features.stages, scorer.config.features.context_stages
+    groups = [scorer.extractor.selector(each).to(scorer.device) for each in stages if each]
+    # What is measured in features: with the prediction subtracted or not, details and then context.
+    parts = [(subtracted, group) for subtracted in subtract for group in groups] if general else []
 
     def vectors(evidence: Evidence) -> list[Tensor]:
-        return [evidence.residuals if subtracted else evidence.features for subtracted in subtract]
+        return [evidence.residuals if subtracted else evidence.features for subtracted, _ in parts]
 
     # Every cell is a sample of a general Gaussian: a few images, spread over all, are many.
     few = training_nhwc[:: max(1, len(training_nhwc) // GENERAL_IMAGES)]
-    of_pixels, of_features = Moments(by_place=False), [Moments(by_place=False) for _ in subtract]
+    of_pixels = Moments(by_place=False)
+    of_features = [Moments(group, by_place=False) for _, group in parts]
     if general or scoring.pixel == "gaussian":
         for evidence in _evidence(scorer, few):
             of_pixels.add(evidence.denoising)
             for moments, cells in zip(of_features, vectors(evidence), strict=True):
                 moments.add(cells)
-    generals = [general_gaussian(moments) for moments in of_features] if general else []
+    generals = [general_gaussian(moments) for moments in of_features]
 
     pixel = None
     places: list[NormalGaussian] = []
@@ -231,25 +250,43 @@ def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Measure]:
         pixels = None
         if scoring.pixel == "gaussian":
             pixels = Moments(general_gaussian(of_pixels).whitening[0], by_place=True)
-        by_place = [Moments(place_projection(g, scoring.place_dimensions, seed), by_place=True) for g in generals]
+        by_place = (
+            [Moments(place_projection(g, scoring.place_dimensions, seed), by_place=True) for g in generals]
+            if place
+            else []
+        )
         for evidence in _evidence(scorer, training_nhwc):
             if pixels is not None:
                 pixels.add(evidence.denoising)
-            if place:
-                for moments, cells in zip(by_place, vectors(evidence), strict=True):
-                    moments.add(cells)
+            for moments, cells in zip(by_place, vectors(evidence) if place else [], strict=True):
+                moments.add(cells)
         if pixels is not None:
             pixel = place_gaussians(pixels)
-        if place:
-            places = [place_gaussians(moments) for moments in by_place]
+        places = [place_gaussians(moments) for moments in by_place]
 
     if not general:
         return [Measure(pixel, None, True)]
     kept = {"general": [generals], "place": [places], "select": [generals, places]}[scoring.covariance]
     return [
-        Measure(pixel, gaussian, subtracted)
+        measure
         for gaussians in kept
-        for gaussian, subtracted in zip(gaussians, subtract, strict=True)
+        for i, subtracted in enumerate(subtract)
+        for measure in _mixtures(scoring, pixel, gaussians[i * len(groups) : (i + 1) * len(groups)], subtracted)
+    ]
+
+
+def _mixtures(
+    scoring: ScoringConfig, pixel: NormalGaussian | None, gaussians: Sequence[NormalGaussian], subtract: bool
+) -> list[Measure]:
+    """Measures with each weight of the context that the config allows; gaussians: of details and, if any, of context."""
+    weights: Sequence[float] = (0.0,)
+    if len(gaussians) > 1:
+        weights = CONTEXT_WEIGHTS if scoring.context_weight is None else (scoring.context_weight,)
+    return [
+        Measure(pixel, gaussians[0], subtract, gaussians[1], weight)
+        if weight > 0
+        else Measure(pixel, gaussians[0], subtract)
+        for weight in weights
     ]
 
 

@@ -56,6 +56,8 @@ class FeatureConfig(Section):
     """A timm model name; tf_efficientnet_lite0/1/2 need no network connection."""
     stages: tuple[NonNegativeInt, ...] = Field((0, 1, 2, 3), min_length=1)
     """Backbone stages whose outputs are concatenated."""
+    context_stages: tuple[NonNegativeInt, ...] = ()
+    """Stages with a Gaussian of their own: deep ones, which see more of the surroundings, tell what belongs where."""
     input_size: int | None = Field(None, ge=32)
     """Side in pixels to which photographs are enlarged or shrunk for the extractor; null takes them as read (map_size)."""
     grid: int = Field(64, ge=4)
@@ -122,14 +124,18 @@ class ScoringConfig(Section):
     covariance: Literal["none", "general", "place", "select"] = "none"
     """How the feature branch measures: plain squares (published), Mahalanobis distance under the Gaussian of normal images
     in general or at each place, or whichever finds defects implanted in held-out normal images best."""
+    context_weight: float | None = Field(0.0, ge=0, le=1)
+    """Weight of `features.context_stages` in the feature branch; `features.stages` have the rest. null: each model takes the
+    one that finds defects implanted in its held-out normal images best."""
     place_dimensions: int = Field(100, ge=1)
     """Random directions kept for the Gaussian of each place; memory grows with the square."""
     map_sigma: float = Field(0.0, ge=0)
     """Gaussian smoothing of the final map, in map pixels."""
     map_size: int = Field(256, ge=16)
     """Side of photographs as read and of anomaly maps, in pixels; a multiple of the network's image_size."""
-    top_pixels: int = Field(64, ge=1)
-    """The image score is the mean of this many largest map values."""
+    top_pixels: int | None = Field(64, ge=1)
+    """The image score is the mean of this many largest map values. null: each model takes the number that tells photographs
+    with implanted defects from normal ones best."""
     false_alarm_rate: float = Field(0.01, gt=0, lt=0.5)
     """Share of normal images that may be called anomalous; sets the threshold from held-out normal images."""
     batch_size: int = Field(8, ge=1)
@@ -181,6 +187,10 @@ class Config(Section):
             )
         if self.scoring.covariance == "none" and self.scoring.prediction == "ignore":
             raise ValueError('scoring.prediction = "ignore": needs a scoring.covariance other than "none"')
+        if self.features.context_stages and self.scoring.covariance == "none":
+            raise ValueError('features.context_stages: need a scoring.covariance other than "none"')
+        if self.scoring.context_weight and not self.features.context_stages:
+            raise ValueError(f"scoring.context_weight = {self.scoring.context_weight}: needs features.context_stages")
         if max(self.scoring.timesteps) >= self.scoring.respaced_steps:
             raise ValueError(
                 f"scoring.timesteps = {self.scoring.timesteps}: each must be below respaced_steps ({self.scoring.respaced_steps})"
@@ -207,7 +217,13 @@ PRESETS: dict[PresetName, Config] = {
         features=FeatureConfig(grid=32, neighbourhood=3),
         training=TrainingConfig(iterations=120, batch_size=8, learning_rate=4e-4, ema_decay=0.97, max_timestep=450),
         scoring=ScoringConfig(
-            alpha=None, pixel="gaussian", prediction="select", map_sigma=4.0, covariance="general", batch_size=16
+            alpha=None,
+            pixel="gaussian",
+            prediction="select",
+            covariance="general",
+            map_sigma=4.0,
+            top_pixels=None,
+            batch_size=16,
         ),
     ),
     "fast": Config(
@@ -220,7 +236,7 @@ PRESETS: dict[PresetName, Config] = {
             attention_resolutions=(8, 16),
             num_head_channels=32,
         ),
-        features=FeatureConfig(input_size=512, grid=64, neighbourhood=3),
+        features=FeatureConfig(context_stages=(4,), input_size=512, grid=64, neighbourhood=3),
         training=TrainingConfig(iterations=400, batch_size=4, learning_rate=4e-4, ema_decay=0.99, max_timestep=450),
         scoring=ScoringConfig(
             timesteps=(5, 25),
@@ -228,8 +244,9 @@ PRESETS: dict[PresetName, Config] = {
             pixel="gaussian",
             prediction="select",
             covariance="select",
-            place_dimensions=64,
+            context_weight=None,
             map_sigma=2.0,
+            top_pixels=None,
         ),
     ),
     # What the CPU study found (pipeline/ACCURACY.md), at twice the network's resolution and width, for one data-centre GPU.
@@ -243,7 +260,7 @@ PRESETS: dict[PresetName, Config] = {
             attention_resolutions=(8, 16),
             num_head_channels=64,
         ),
-        features=FeatureConfig(input_size=512, grid=64, neighbourhood=3),
+        features=FeatureConfig(context_stages=(4,), input_size=512, grid=64, neighbourhood=3),
         training=TrainingConfig(
             iterations=3000, batch_size=16, learning_rate=3e-4, ema_decay=0.997, max_timestep=450, checkpoint_every=500
         ),
@@ -253,8 +270,9 @@ PRESETS: dict[PresetName, Config] = {
             pixel="gaussian",
             prediction="select",
             covariance="select",
-            place_dimensions=64,
+            context_weight=None,
             map_sigma=2.0,
+            top_pixels=None,
             batch_size=16,
         ),
     ),

@@ -155,6 +155,44 @@ def _perlin_blend(image: Array, foreign: Array, rng: np.random.Generator, scale:
     return foreign, opacity * min(1.0, rng.uniform(0.2, 0.8) * scale)
 
 
+def _moved_piece(image: Array, foreign: Array, rng: np.random.Generator, scale: float) -> tuple[Array, Array]:
+    """CutPaste's anomaly (Li et al., CVPR 2021): a piece of the photograph itself, turned and laid elsewhere.
+
+    Nothing in it is foreign, only its place: what finds it must know what belongs where.
+    """
+    height, width, _ = image.shape
+    side = min(height, width)
+    opacity = _blob(height, width, max(4.0, rng.uniform(0.06, 0.25) * side) * scale, 1.5, rng)
+    centre = np.array(ndimage.center_of_mass(opacity + 1e-9))
+    source = rng.uniform(0.15, 0.85, 2) * [height, width]
+    turn = rng.uniform(-np.pi, np.pi) if rng.uniform() < 0.5 else rng.normal(0, 0.2)
+    offset = np.indices((height, width)) - centre[:, None, None]
+    rows = source[0] + np.cos(turn) * offset[0] - np.sin(turn) * offset[1]
+    columns = source[1] + np.sin(turn) * offset[0] + np.cos(turn) * offset[1]
+    return _sampled(image, rows, columns), opacity
+
+
+def _bent(image: Array, foreign: Array, rng: np.random.Generator, scale: float) -> tuple[Array, Array]:
+    """A part pushed sideways by up to 3-9 % of the side, its surroundings stretched; opaque where that shows."""
+    height, width, _ = image.shape
+    side = min(height, width)
+    reach = rng.uniform(0.08, 0.2) * side * scale
+    centre = rng.uniform(0.1, 0.9, 2) * [height, width]
+    rows, columns = np.indices((height, width)).astype(np.float64)
+    window = np.exp(-0.5 * ((rows - centre[0]) ** 2 + (columns - centre[1]) ** 2) / reach**2)
+    heading, push = rng.uniform(0, 2 * np.pi), rng.uniform(0.03, 0.09) * side * scale * window
+    content = _sampled(image, rows + np.sin(heading) * push, columns + np.cos(heading) * push)
+    shows = np.abs(content - image).max(axis=2) * window
+    return content, np.clip(ndimage.gaussian_filter(shows, 0.005 * side) / 10 - 0.5, 0, 1)
+
+
+def _sampled(image: Array, rows: Array, columns: Array) -> Array:
+    """The image (H, W, 3) at fractional rows and columns (H, W), bilinear, edges reflected."""
+    return np.stack(
+        [ndimage.map_coordinates(image[..., c], [rows, columns], order=1, mode="reflect") for c in range(3)], axis=2
+    )
+
+
 PAINTERS: dict[str, Painter] = {
     "scratch": _scratch,
     "spot": _spot,
@@ -162,4 +200,6 @@ PAINTERS: dict[str, Painter] = {
     "missing_texture": _missing_texture,
     "foreign_patch": _foreign_patch,
     "perlin_blend": _perlin_blend,
+    "moved_piece": _moved_piece,
+    "bent": _bent,
 }

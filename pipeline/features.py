@@ -40,7 +40,9 @@ class FeatureExtractor(nn.Module):
         self.neighbourhood = neighbourhood
         self.backbone = load_backbone(name, stages)
         backbone: Any = self.backbone  # timm adds attributes that nn.Module does not declare
-        self.channels: int = sum(backbone.feature_info.channels())
+        self.stage_channels: dict[int, int] = dict(zip(stages, backbone.feature_info.channels(), strict=True))
+        """Channels of every stage, in the order in which they are concatenated."""
+        self.channels: int = sum(self.stage_channels.values())
         config: dict[str, Any] = backbone.default_cfg
         self.register_buffer("mean", torch.tensor(config.get("mean", (0.5,) * 3)).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config.get("std", (0.5,) * 3)).view(1, 3, 1, 1))
@@ -62,12 +64,17 @@ class FeatureExtractor(nn.Module):
         # Roth et al. 2022, section 3.1: locally aware features.
         return F.avg_pool2d(features, window, stride=1, padding=window // 2, count_include_pad=False)
 
+    def selector(self, stages: Sequence[int]) -> Tensor:
+        """(c, channels): ones that pick the channels of these stages."""
+        picked = [torch.full((count,), stage in stages) for stage, count in self.stage_channels.items()]
+        return torch.eye(self.channels)[torch.cat(picked)]
+
     @classmethod
     def of(cls, config: FeatureConfig) -> FeatureExtractor:
         """The extractor that a config describes. Raises UserError as load_backbone does."""
         return cls(
             config.extractor,
-            stages=config.stages,
+            stages=sorted({*config.stages, *config.context_stages}),
             grid=config.grid,
             neighbourhood=config.neighbourhood,
             input_size=config.input_size,

@@ -18,7 +18,7 @@ class NormalGaussian:
     """A Gaussian per place, or one for all (P = 1); float32 on one device, at most G * G * d * d numbers."""
 
     projection: Tensor
-    """(d, C): applied to vectors first."""
+    """(d, C): applied to vectors first; picks channels, or mixes them."""
     mean: Tensor
     """(P, d) of projected vectors; P is 1 or G * G, places row by row."""
     whitening: Tensor
@@ -71,28 +71,33 @@ class Moments:
 
 
 def general_gaussian(moments: Moments) -> NormalGaussian:
-    """One Gaussian of the vectors of all places.
+    """One Gaussian of the vectors of all places, projected where the moments are.
 
-    A hundredth of the mean variance is added to the diagonal, so that nearly constant channels do not dominate.
+    A hundredth of each channel's own variance is added to it (channels may differ in scale by orders of magnitude), so that
+    directions in which channels nearly repeat each other do not dominate; constant channels get a millionth of the mean.
     """
     mean, covariance = moments.mean_and_covariance()
     eye = torch.eye(mean.shape[1], dtype=torch.float64, device=mean.device)
-    whitening = _inverse_factor(covariance + 0.01 * covariance[0].diagonal().mean() * eye)
-    return NormalGaussian(eye.float(), mean.float(), whitening.float())
+    variances = covariance[0].diagonal()
+    ridge = (0.01 * variances).clamp(min=max(1e-6 * float(variances.mean()), 1e-12))
+    whitening = _inverse_factor(covariance + ridge * eye)
+    projection = eye.float() if moments.projection is None else moments.projection
+    return NormalGaussian(projection, mean.float(), whitening.float())
 
 
 def place_projection(general: NormalGaussian, dimensions: int, seed: int) -> Tensor:
     """Defard et al. 2021, section IV-B: random directions, here of space whitened by `general`. (min(dimensions, C), C)."""
-    channels = general.projection.shape[1]
+    channels = general.projection.shape[0]
     generator = torch.Generator().manual_seed(seed)
     directions = torch.linalg.qr(torch.randn(channels, channels, generator=generator))[0][:dimensions]
-    return directions.to(general.whitening.device) @ general.whitening[0]
+    return directions.to(general.whitening.device) @ general.whitening[0] @ general.projection
 
 
 def place_gaussians(moments: Moments) -> NormalGaussian:
     """A Gaussian for every place from moments by place of whitened vectors (`place_projection`).
 
     The covariance of d dimensions from n images is shrunk towards the general one by d / (d + n): the fewer, the more.
+    Rounded to float16, the precision that models keep of these many numbers.
     """
     assert moments.projection is not None and moments.by_place
     mean, covariance = moments.mean_and_covariance()
@@ -100,7 +105,7 @@ def place_gaussians(moments: Moments) -> NormalGaussian:
     shrinkage = dimensions / (dimensions + moments.count)
     eye = torch.eye(dimensions, device=mean.device)
     whitening = _inverse_factor((1 - shrinkage) * covariance + shrinkage * eye)
-    return NormalGaussian(moments.projection, mean, whitening)
+    return NormalGaussian(moments.projection, mean, whitening.half().float())
 
 
 def fit_general(batches: Iterable[Tensor]) -> NormalGaussian:

@@ -37,6 +37,13 @@ def auroc(negatives: Counts, positives: Counts) -> float:
     return float(np.dot(negatives, ahead) / (float(negatives.sum()) * float(positives.sum())))
 
 
+def score_counts(scores_n: Floats, anomalous_n: NDArray[np.bool_]) -> tuple[Counts, Counts]:
+    """How many normal and how many anomalous images have each distinct score, highest first."""
+    distinct, rank = np.unique(-scores_n, return_inverse=True)
+    normal = np.bincount(rank[~anomalous_n], minlength=len(distinct))
+    return normal, np.bincount(rank[anomalous_n], minlength=len(distinct))
+
+
 def average_precision(negatives: Counts, positives: Counts) -> float:
     """Sum of precision x gain in recall over counts per distinct score, highest first (no interpolation)."""
     true_positives = np.cumsum(positives)
@@ -218,10 +225,7 @@ class LocalizationMetrics:
             fpr, pro = rate_curve(normal, normal.sum()), rate_curve(covered, self.regions)
             values[self.pro_name] = area_to_limit(fpr, pro, self.fpr_limit)
         if "image_auroc" not in undefined:
-            distinct, rank = np.unique(-np.array(self._scores), return_inverse=True)
-            anomalous = np.array(self._anomalous, dtype=bool)
-            normal = np.bincount(rank[~anomalous], minlength=len(distinct))
-            defect = np.bincount(rank[anomalous], minlength=len(distinct))
+            normal, defect = score_counts(np.array(self._scores), np.array(self._anomalous, dtype=bool))
             values["image_auroc"] = auroc(normal, defect)
             values["image_ap"] = average_precision(normal, defect)
         return {**values, "images": self.images, "regions": self.regions}

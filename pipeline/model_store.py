@@ -28,11 +28,12 @@ from pipeline.gaussian import NormalGaussian
 from pipeline.scoring import Calibration, Denoiser, Measure, Scorer
 from pipeline.storage import Location, require_exists
 
-FORMAT = 2
+FORMAT = 3
 """Version of the files' layout; a reader refuses a higher one."""
 
 _TENSORS = ("pixel_mean", "pixel_std", "feature_mean", "feature_std", "normal_scores")
-_NUMBERS = ("alpha", "threshold", "pixel_threshold", "false_alarms_low", "false_alarms_high")
+_NUMBERS = ("alpha", "top_pixels", "threshold", "pixel_threshold", "false_alarms_low", "false_alarms_high")
+_GAUSSIANS = ("pixel", "feature", "context")
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,11 @@ class ModelInfo:
     version: str
     config: Config
     calibration: dict[str, float]
-    """alpha, thresholds, and the interval of the rate of false alarms."""
+    """alpha, top_pixels, thresholds, and the interval of the rate of false alarms."""
     subtract_prediction: bool
     """Whether the feature branch measures features minus their prediction."""
+    context_weight: float
+    """Weight of the deeper stages in the feature branch."""
     classes: tuple[str, ...] | None
     """The categories that share the network, in the order of their labels; None for a network of its own."""
     provenance: dict[str, Any]
@@ -79,9 +82,12 @@ def save_model(
     tensors = {f"denoiser.{name}": tensor for name, tensor in scorer.denoiser.state_dict().items()}
     tensors |= {f"calibration.{name}": getattr(scorer.calibration, name) for name in _TENSORS}
     measure = scorer.calibration.measure
-    for branch, gaussian in (("pixel", measure.pixel), ("feature", measure.feature)):
+    for branch in _GAUSSIANS:
+        gaussian = getattr(measure, branch)
         if gaussian is not None:
             tensors |= {f"{branch}_gaussian.{name}": tensor for name, tensor in asdict(gaussian).items()}
+            if gaussian.by_place:  # rounded to this when fitted; the largest part of a model
+                tensors[f"{branch}_gaussian.whitening"] = gaussian.whitening.half()
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     (folder / "weights.safetensors").write_bytes(save_tensors(plain))
     (folder / "model.json").write_json(
@@ -92,6 +98,7 @@ def save_model(
             "config": scorer.config.model_dump(mode="json"),
             "calibration": {name: getattr(scorer.calibration, name) for name in _NUMBERS},
             "subtract_prediction": measure.subtract_prediction,
+            "context_weight": measure.context_weight,
             "classes": None if classes is None else list(classes),
             "provenance": provenance,
             "selection": list(selection),
@@ -147,6 +154,7 @@ def model_info(models: Location, category: str, version: str | None = None) -> M
             config=config,
             calibration=text["calibration"],
             subtract_prediction=text["subtract_prediction"],
+            context_weight=text["context_weight"],
             classes=classes,
             provenance=text["provenance"],
         )
@@ -163,12 +171,12 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
         extractor = FeatureExtractor.of(info.config.features)
         denoiser = Denoiser(info.config, extractor.channels, len(info.classes) if info.classes else None)
         denoiser.load_state_dict(_under("denoiser.", tensors))
-        pixel, feature = (_under(f"{branch}_gaussian.", tensors) for branch in ("pixel", "feature"))
-        measure = Measure(
-            NormalGaussian(**pixel) if pixel else None,
-            NormalGaussian(**feature) if feature else None,
-            info.subtract_prediction,
-        )
+        parts = {branch: _under(f"{branch}_gaussian.", tensors) for branch in _GAUSSIANS}
+        gaussians = {
+            branch: NormalGaussian(**{name: tensor.float() for name, tensor in part.items()}) if part else None
+            for branch, part in parts.items()
+        }
+        measure = Measure(subtract_prediction=info.subtract_prediction, context_weight=info.context_weight, **gaussians)
         known: dict[str, Any] = {**_under("calibration.", tensors), **info.calibration}
         calibration = Calibration(measure=measure, **known)
     except torch.OutOfMemoryError:

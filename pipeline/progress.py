@@ -62,11 +62,13 @@ def show_training(snapshots: Iterable[list[Progress]]) -> list[Progress]:
 def model_line(category: str, found: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     """What a category's new model chose, how it does on implanted defects, and what its threshold promises."""
     prediction = "minus prediction " if found["subtract_prediction"] else ""
+    context = f" ({100 * found['context_weight']:g} % context)" if found["context_weight"] else ""
     settings = "".join(f", {name}={value}" for name, value in chosen.items())
     figures = " / ".join(f"{100 * found[name]:.1f}" for name in ("pixel_auroc", "pro_0.30", "image_auroc"))
     return (
         f"{category}: weight of the pixel branch {found['alpha']:g}, features {prediction}by covariance "
-        f"{found['covariance']}{settings}; implanted defects {figures} (pixel AUROC / PRO / image AUROC); "
+        f"{found['covariance']}{context}, image score of {found['top_pixels']} px{settings}; "
+        f"implanted defects {figures} (pixel AUROC / PRO / image AUROC); "
         f"false alarms {100 * found['false_alarm_rate']:g} % requested, 95 % interval "
         f"{100 * found['false_alarms_low']:.2g}-{100 * found['false_alarms_high']:.2g} % "
         f"from {found['held_out_images']} held-out images if their scores follow a normal law"

@@ -6,6 +6,7 @@ map in any batch, on any worker, on any night, and all photographs are compared 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -76,7 +77,11 @@ class Measure(NamedTuple):
     feature: NormalGaussian | None
     """Measures residuals or features; None takes the residuals' plain squares, as published."""
     subtract_prediction: bool
-    """Whether `feature` measures residuals rather than features."""
+    """Whether `feature` and `context` measure residuals rather than features."""
+    context: NormalGaussian | None = None
+    """Measures deeper stages of the same vectors, which see more of the surroundings."""
+    context_weight: float = 0.0
+    """Share of `context` in the feature map; distances are about 1 for normal cells in both."""
 
 
 class BranchMaps(NamedTuple):
@@ -99,6 +104,8 @@ class Calibration:
     feature_std: Tensor
     alpha: float
     """Weight of the pixel branch in the combined map."""
+    top_pixels: int
+    """The image score is the mean of this many largest map values."""
     normal_scores: Tensor
     """(n,) sorted image scores of the held-out normal images."""
     threshold: float
@@ -163,9 +170,14 @@ def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
     return F.conv2d(F.conv2d(x, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))[:, 0]
 
 
-def top_mean(maps: Tensor, count: int) -> Tensor:
-    """Lu et al. 2023, released code: the image score, the mean of the `count` largest map values. (N, H, W) -> (N,)."""
-    return maps.flatten(1).topk(min(count, maps[0].numel())).values.double().mean(1)
+def top_means(maps: Tensor, counts: Sequence[int]) -> Tensor:
+    """Lu et al. 2023, released code: image scores, the mean of the largest map values, for each count of them.
+
+    (N, H, W) -> float64 (len(counts), N).
+    """
+    limits = [min(count, maps[0].numel()) for count in counts]
+    largest = maps.flatten(1).topk(max(limits)).values.double()
+    return torch.stack([largest[:, :limit].mean(1) for limit in limits])
 
 
 def find_regions(map_hw: np.ndarray, threshold: float) -> list[Region]:
@@ -259,7 +271,10 @@ class Scorer:
         if measure.feature is None:
             return BranchMaps(pixel, evidence.squares)
         vectors = evidence.residuals if measure.subtract_prediction else evidence.features
-        return BranchMaps(pixel, measure.feature.distance(vectors)[:, None])
+        feature = measure.feature.distance(vectors)
+        if measure.context is not None:
+            feature = torch.lerp(feature, measure.context.distance(vectors), measure.context_weight)
+        return BranchMaps(pixel, feature[:, None])
 
     @torch.inference_mode()
     def maps(self, branches: BranchMaps, calibration: Calibration) -> Maps:
@@ -278,7 +293,7 @@ class Scorer:
     def score(self, images_nhwc: np.ndarray) -> ScoredImages:
         """Maps and scores of any number of photographs, uint8 (n, map_size, map_size, 3), n >= 1."""
         assert self.calibration is not None, "a scorer without calibration only gives raw maps"
-        batch, count = self.config.scoring.batch_size, self.config.scoring.top_pixels
+        batch, count = self.config.scoring.batch_size, self.calibration.top_pixels
         measure = self.calibration.measure
         maps, scores = [], []
         for start in range(0, len(images_nhwc), batch):
@@ -288,8 +303,8 @@ class Scorer:
             # Everything downstream sees float16: scores are taken from what is stored.
             stored = stored_map(found.combined)
             maps.append(stored.cpu().numpy())
-            branches = [top_mean(part.float(), count) for part in (stored, found.pixel, found.feature)]
-            scores.append(torch.stack(branches).cpu().numpy())
+            branches = [top_means(part.float(), [count]) for part in (stored, found.pixel, found.feature)]
+            scores.append(torch.cat(branches).cpu().numpy())
         combined, pixel, feature = np.concatenate(scores, axis=1)
         return ScoredImages(np.concatenate(maps), combined, pixel, feature)
 

@@ -12,7 +12,7 @@ from pipeline.calibration import Choice
 from pipeline.config import Config, PresetName, ScoringConfig, load_config
 from pipeline.errors import UserError
 
-DEFAULT_SPACE = ("scoring.map_sigma=[1,2,4]", "scoring.top_pixels=[16,64,256]", "scoring.pixel_window=[1,3]")
+DEFAULT_SPACE = ("scoring.map_sigma=[1,2,4]", "scoring.pixel_window=[1,3,5]")
 """Tried where nothing is listed: settings that need no further training."""
 FIXED = ("scoring.map_size", "scoring.false_alarm_rate", "training.seed", "training.holdout_fraction")
 """Settings that are a user's wish, or under which candidates would be judged on different images."""
@@ -66,7 +66,9 @@ def summary(choice: Choice, variants: Sequence[ScoringConfig] = ()) -> dict[str,
     return differing | {
         "covariance": choice.covariance,
         "subtract_prediction": choice.subtract_prediction,
+        "context_weight": choice.context_weight,
         "alpha": choice.alpha,
+        "top_pixels": choice.top_pixels,
         "pixel_auroc": choice.pixel_auroc,
         "pro_0.30": choice.pro,
         "image_auroc": choice.image_auroc,

@@ -30,7 +30,7 @@ def plan(tmp_path: Path, tiny: Config) -> BatchPlan:
         (folder / f"{i}.png").write_bytes(encode_png(np.full((40, 50, 3), 40 * i, np.uint8)))
     (folder / "5.png").write_text("no image")
     location = Location.parse(tmp_path)
-    info = ModelInfo(location, "cloth", "v1", tiny, {}, True, None, {})
+    info = ModelInfo(location, "cloth", "v1", tiny, {}, True, 0.0, None, {})
     archive = Archive(Location.parse(folder), "folder", "cloth").fingerprinted()
     return BatchPlan(
         archives=(archive,),

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from pipeline.calibration import ALPHAS, calibrate, exceedance_interval, fit_measures, implanted, prediction_bound
+from pipeline.calibration import (
+    ALPHAS,
+    CONTEXT_WEIGHTS,
+    TOP_PIXELS,
+    calibrate,
+    exceedance_interval,
+    fit_measures,
+    implanted,
+    prediction_bound,
+)
 from pipeline.scoring import BranchMaps, Scorer
 
 
@@ -141,19 +152,51 @@ def test_settings_allow_these_measures(fitted, variant, photographs, settings, e
     denoiser = fitted.result()
     denoiser.config = variant(scoring=settings | {"place_dimensions": 7})
     measures = fit_measures(Scorer(denoiser, fitted.extractor), photographs)
-    found = [
-        (pixel and pixel.by_place, feature and feature.by_place, subtract) for pixel, feature, subtract in measures
-    ]
+    found = [(m.pixel and m.pixel.by_place, m.feature and m.feature.by_place, m.subtract_prediction) for m in measures]
     assert found == expected
-    for _, feature, _ in measures:
-        assert feature is None or feature.mean.shape == ((64, 7) if feature.by_place else (1, 40))
+    for measure in measures:
+        assert measure.context is None
+        if measure.feature is not None:
+            assert measure.feature.mean.shape == ((64, 7) if measure.feature.by_place else (1, 40))
+
+
+@pytest.mark.parametrize("covariance", ["general", "place"])
+def test_details_and_context_are_measured_in_their_own_stages(calibrated, fresh, covariance):
+    settings = {"covariance": covariance, "place_dimensions": 7, "alpha": 0.0, "map_sigma": 0.0}
+    split = {"stages": (0,), "context_stages": (1,)}
+    mixed = calibrated(features=split, scoring=settings | {"context_weight": 0.25})
+    measure, evidence = mixed.calibration.measure, mixed.evidence(fresh[:2])
+    detail, context = (g.distance(evidence.residuals) for g in (measure.feature, measure.context))
+    torch.testing.assert_close(mixed.branch_maps(evidence, measure).feature[:, 0], 0.75 * detail + 0.25 * context)
+    other = evidence.residuals.clone()
+    other[:, 16:] = 0  # channels of stage 1
+    torch.testing.assert_close(measure.feature.distance(other), detail)
+    assert not torch.allclose(measure.context.distance(other), context)
+    without = calibrated(features=split, scoring=settings)
+    assert without.calibration.measure.context is None
+    torch.testing.assert_close(without.calibration.measure.feature.whitening, measure.feature.whitening)
+
+
+def test_a_model_chooses_its_context_and_its_image_score(calibrated, fitted, variant, held_out, photographs):
+    split, settings = {"stages": (0,), "context_stages": (1,)}, {"alpha": 0.0, "covariance": "general"}
+    denoiser = fitted.result()
+    denoiser.config = variant(features=split, scoring=settings | {"context_weight": None, "top_pixels": None})
+    scorer = Scorer(denoiser, fitted.extractor)
+    choices = calibrate(scorer, held_out, photographs)
+    assert {(c.context_weight, c.top_pixels) for c in choices} == set(itertools.product(CONTEXT_WEIGHTS, TOP_PIXELS))
+    best = choices[0]
+    assert scorer.calibration.measure.context_weight == best.context_weight
+    assert scorer.calibration.top_pixels == best.top_pixels
+    chosen = {"context_weight": best.context_weight, "top_pixels": best.top_pixels}
+    alone = calibrated(features=split, scoring=settings | chosen)
+    np.testing.assert_allclose(alone.score(held_out).scores, scorer.score(held_out).scores, rtol=1e-3)
 
 
 def test_implanted_defects_are_the_same_every_time_and_all_marked(held_out):
     images, masks = implanted(held_out, seed=1)
     again, _ = implanted(held_out, seed=1)
     np.testing.assert_array_equal(images, again)
-    assert len(images) == 2 * len(held_out)
+    assert len(images) == 3 * len(held_out)
     assert masks.any(axis=(1, 2)).all()
 
 

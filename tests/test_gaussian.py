@@ -25,7 +25,7 @@ def test_the_general_distance_equals_numpys(residuals: torch.Tensor) -> None:
     gaussian = fit_general(residuals.split(64))
     cells = residuals.permute(0, 2, 3, 1).reshape(-1, CHANNELS).double().numpy()
     covariance = np.cov(cells.T, bias=True)
-    covariance += 0.01 * covariance.trace() / CHANNELS * np.eye(CHANNELS)
+    covariance *= 1 + 0.01 * np.eye(CHANNELS)
     centred = cells - cells.mean(0)
     expected = np.einsum("nc,cd,nd->n", centred, np.linalg.inv(covariance), centred) / CHANNELS
     np.testing.assert_allclose(gaussian.distance(residuals).flatten(), expected, rtol=1e-3)
@@ -58,3 +58,12 @@ def test_what_is_normal_elsewhere_is_only_seen_by_the_gaussian_of_its_place(resi
     misplaced = residuals.roll(8, dims=2).roll(3, dims=3)
     assert places.distance(misplaced).mean() > 2 * places.distance(residuals).mean()
     assert general.distance(misplaced).mean() == pytest.approx(general.distance(residuals).mean().item(), rel=0.01)
+
+
+def test_channels_of_any_scale_count_alike_and_constant_ones_do_no_harm(residuals: torch.Tensor) -> None:
+    scale = torch.tensor([1e-3, 1.0, 30.0, 1.0, 1e-2, 1.0]).view(-1, 1, 1)
+    plain, scaled = fit_general([residuals]), fit_general([residuals * scale])
+    torch.testing.assert_close(scaled.distance(residuals * scale), plain.distance(residuals), rtol=1e-2, atol=1e-2)
+    constant = residuals.clone()
+    constant[:, 2] = 5.0
+    assert fit_general([constant]).distance(constant).isfinite().all()
