@@ -11,16 +11,18 @@ import struct
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pipeline import archive_members
-from pipeline.archives import Archive, Member, find_archives, image_id, read_shards
+from pipeline.archives import Archive, Member, Shard, find_archives, image_id, read_units
+from pipeline.archives import read_shards as read_unit
 from pipeline.errors import UserError
 from pipeline.images import ImageError, decode, encode_png
 from pipeline.storage import Location
@@ -75,13 +77,32 @@ def write_folder(folder: Path, files: Files) -> Path:
     return folder / "loose"
 
 
-every_kind = pytest.mark.parametrize("write", [write_tar, write_tar_gz, write_zip, write_folder])
-every_file_kind = pytest.mark.parametrize("write", [write_tar, write_tar_gz, write_zip])
+def write_tar_zst(folder: Path, files: Files) -> Path:
+    path = folder / "night.tar.zst"
+    path.write_bytes(zstd(tar_bytes(files)))
+    return path
+
+
+def zstd(data: bytes) -> bytes:
+    packed = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(packed, "zstd") as stream:
+        stream.write(data)
+    return packed.getvalue().to_pybytes()
+
+
+every_kind = pytest.mark.parametrize("write", [write_tar, write_tar_gz, write_tar_zst, write_zip, write_folder])
+every_file_kind = pytest.mark.parametrize("write", [write_tar, write_tar_gz, write_tar_zst, write_zip])
 
 
 def found(path: Path) -> Archive:
     (archive,) = find_archives([str(path)], category="bottle")
     return archive
+
+
+def read_shards(archive: Archive, *, skip: Container[str] = (), **limits: int) -> Iterator[Shard]:
+    """The whole archive, one unit after the other."""
+    for unit in read_units(archive, **limits):
+        yield from read_unit(archive, unit, skip=skip, **limits)
 
 
 def list_members(archive: Archive) -> list[Member]:
@@ -260,14 +281,14 @@ def test_skipping_does_not_move_the_damage(tmp_path: Path) -> None:
 
 def test_reads_from_object_storage_as_from_disk(tmp_path: Path) -> None:
     storage = fsspec.filesystem("memory")
-    for write in (write_tar, write_tar_gz, write_zip, write_folder):
+    for write in (write_tar, write_tar_gz, write_tar_zst, write_zip, write_folder):
         path = write(tmp_path, some_images(5))
         storage.put(str(path), f"/bucket/category=pill/{path.name}", recursive=True)
     try:
         archives = find_archives(["memory://bucket"], category=None)
-        assert [(a.kind, a.category) for a in archives] == [(k, "pill") for k in ("folder", "tar", "tar", "zip")]
+        assert [(a.kind, a.category) for a in archives] == [(k, "pill") for k in ("folder", "tar", "tar", "tar", "zip")]
         contents = [[data for _, data in images(list_members(archive))] for archive in archives]
-        assert contents == [[data for _, data in some_images(5)]] * 4
+        assert contents == [[data for _, data in some_images(5)]] * 5
     finally:
         storage.rm("/bucket", recursive=True)
 
@@ -381,9 +402,10 @@ def test_folder_with_a_link_to_nothing_and_a_pipe(tmp_path: Path) -> None:
     assert codes(members) == {"gone.png": "unreadable", "pipe.png": "empty_file"}
 
 
-def test_an_archive_without_members_gives_no_shard(tmp_path: Path) -> None:
-    for write in (write_tar, write_tar_gz, write_zip):
-        assert list(read_shards(found(write(tmp_path, [])))) == []
+@every_file_kind
+@pytest.mark.parametrize("files", [[], [(".DS_Store", b"x")]])
+def test_an_archive_without_files_says_so(tmp_path: Path, write: Write, files: Files) -> None:
+    assert codes(members_of(write(tmp_path, files))) == {"": "empty_archive"}
 
 
 # --- Damage
