@@ -123,5 +123,5 @@ def _no_bytes(entry: Entry) -> bytes:
 def _require_zeros(rest: Readable) -> None:
     """Raises ReadError unless only padding follows: zeros in the middle of a tar look like its end."""
     while block := rest.read(2**20):
-        if any(block):
+        if block.count(0) != len(block):
             raise tarfile.ReadError("there is more after the end mark")

@@ -13,9 +13,7 @@ from pipeline.archive_members import MAX_RATIO, BombError
 FREE_BYTES = 256 * 2**20
 """Unpacked bytes from which MAX_RATIO counts: padding of a few KiB may unpack for days."""
 
-# What a read of zstd may lose before damage: Arrow drops what it has of a read that ends in an error.
-_ZSTD_STEP = 4096
-_ZSTD_STEPS_PER_READ = 64
+_ZSTD_BYTES = 2**16
 
 
 class Readable(Protocol):
@@ -65,29 +63,47 @@ class _EagerGzip(gzip.GzipFile):
 
 
 class _EagerZstd:
-    """Unpacks every frame, and gives all but the last KiB before damage."""
+    """Unpacks every frame, and gives all that comes before damage."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._source = _Source(file)
-        # Not as a context: closing it would close the file, which is not ours.
-        self._stream = pa.CompressedInputStream(pa.PythonFile(cast(BinaryIO, self._source), "r"), "zstd")
+        self._source, self._given = _Source(file), 0
+        self._stream = _zstd_stream(self._source)
         self._damage: Exception | None = None
 
     def read(self, size: int = -1, /) -> bytes:
         """Some bytes, not always ``size``; b"" at the end."""
         if self._damage:
             raise self._damage
-        parts: list[bytes] = []
         try:
-            while len(parts) < _ZSTD_STEPS_PER_READ and (part := self._stream.read(_ZSTD_STEP)):
-                parts.append(part)
+            data: bytes = self._stream.read(_ZSTD_BYTES)
         except OSError as error:  # Arrow's own error for damage as well
             if self._source.failed:
                 raise
             self._damage = tarfile.ReadError(f"zstd: {error}")
-            if not parts:
+            data = self._rest()
+            if not data:
                 raise self._damage from error
-        return b"".join(parts)
+        self._given += len(data)
+        return data
+
+    def _rest(self) -> bytes:
+        """What was unpacked of the read that ended in damage: Arrow drops it, so unpack again, then byte by byte."""
+        self._source.rewind()
+        stream, position = _zstd_stream(self._source), 0
+        while position < self._given:
+            position += len(stream.read(min(_ZSTD_BYTES, self._given - position)))
+        rest = bytearray()
+        try:
+            while len(rest) < _ZSTD_BYTES and (byte := stream.read(1)):
+                rest += byte
+        except OSError:
+            if self._source.failed:
+                raise
+        return bytes(rest)
+
+
+def _zstd_stream(source: _Source) -> pa.CompressedInputStream:
+    return pa.CompressedInputStream(pa.PythonFile(cast(BinaryIO, source), "r"), "zstd")
 
 
 class _Source:
@@ -104,6 +120,9 @@ class _Source:
         except BaseException:
             self.failed = True
             raise
+
+    def rewind(self) -> None:
+        self._file.seek(0)
 
     def close(self) -> None:
         """The file belongs to whoever opened it."""
