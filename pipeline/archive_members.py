@@ -50,7 +50,12 @@ class Failure:
     stage: str
     """``archive`` (the rest of it cannot be read), ``member``, or a later stage such as ``decode``."""
     error: str
-    """A stable code, such as ``archive_damaged`` or ``empty_file``."""
+    """A stable code. ``archive``: archive_damaged, archive_bomb, empty_archive, unsupported_archive.
+
+    ``member``: not_an_image_name, nested_archive, empty_file, duplicate_name, unsafe_path, unsupported_member (links,
+    devices, encryption, rare packing), member_too_large, zip_bomb, sparse_bomb, overlapping_member, member_damaged,
+    unreadable. ``decode``: those of :class:`pipeline.images.ImageError`.
+    """
     detail: str
     """One line for people."""
 
