@@ -58,11 +58,15 @@ def _damaged_members(good: Files) -> Iterator[tuple[Any, ...]]:
     sound = zipped([*good, ("a.png", image)])
     record, member = in_directory(sound, "a.png"), sound.index(b"a.png") - 30
     packed = member + 30 + len("a.png")
+    part = image[:-1]
+    of_a_part = with_bytes(sound, record + 16, struct.pack("<I", zlib.crc32(part)))
+    of_a_part = with_bytes(of_a_part, record + 24, struct.pack("<I", len(part)))
     for kind, content in [
         ("wrong_crc", flipped(sound, record + 16)),
         ("damaged_data", with_bytes(sound, packed + 300, b"x" * 50)),
         ("broken_deflate", with_bytes(sound, packed, b"\xff" * 9)),
         ("more_than_declared", with_bytes(sound, record + 24, struct.pack("<I", len(image) - 1))),
+        ("part_declared_as_all", of_a_part),
         ("less_than_declared", with_bytes(sound, record + 24, struct.pack("<I", len(image) + 1))),
         ("wrong_place", with_bytes(sound, record + 42, struct.pack("<I", 7))),
         ("place_of_another", with_bytes(sound, record + 42, struct.pack("<I", 0))),

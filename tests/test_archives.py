@@ -261,6 +261,13 @@ def test_shards_close_before_they_exceed_their_bytes(tmp_path: Path, write: Writ
     ]
 
 
+def test_a_bomb_is_not_read_and_moves_no_cut(tmp_path: Path) -> None:
+    files = [("0.png", png(0)), ("1.png", bytes(2**24)), ("2.png", png(2))]
+    shards = list(read_shards(found(write_zip(tmp_path, files)), shard_bytes=2**20))
+    assert [[m.name for m in shard.members] for shard in shards] == [["0.png"], ["1.png"], ["2.png"]]
+    assert codes(list(shards[1].members)) == {"1.png": "zip_bomb"}
+
+
 @every_kind
 def test_finished_shards_are_left_out_and_the_others_stay_as_they_were(tmp_path: Path, write: Write) -> None:
     files = [*some_images(5), ("good/notes.txt", b"text"), ("good/zero.png", b""), ("z.png", png(9))]
@@ -561,13 +568,14 @@ def test_any_bytes_end_in_members_and_failures(tmp_path: Path, write: Write) -> 
 
 
 class FailingFile(io.BytesIO):
-    """A file on a storage whose connection breaks at the byte ``breaks_at``."""
+    """A file on a storage whose connection breaks at the byte ``breaks_at``, and works again when asked again."""
 
     breaks_at = 0
 
     def read(self, size: int | None = -1) -> bytes:
         end = len(self.getvalue()) if size is None or size < 0 else self.tell() + size
         if self.tell() <= self.breaks_at < end:
+            self.breaks_at = -1
             raise ConnectionResetError("the network is gone")
         return super().read(size)
 
