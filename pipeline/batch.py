@@ -1,8 +1,8 @@
-"""The streaming scoring job on Ray Data: archives -> shards -> decode -> score -> Parquet.
+"""The streaming scoring job on Ray Data: archives -> units -> shards -> decode -> score -> Parquet.
 
 One row of the stream is one shard. The stages run side by side under Ray Data's back-pressure; a shard is committed by
-the scoring actor that computed it, so a crash anywhere costs at most the shards in flight. A last row for each archive
-says how many members it had: what was read must equal what was scored plus what failed.
+the scoring actor that computed it, so a crash anywhere costs at most the shards in flight. One more row for each archive
+says how many members it has: that must equal what was scored plus what failed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -20,9 +22,9 @@ from typing import Any
 import numpy as np
 import ray.data
 import torch
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-from pipeline.archives import Archive, Failure, image_id, read_shards
+from pipeline.archives import Archive, Failure, image_id, read_shards, read_units, shard_name
 from pipeline.errors import UserError
 from pipeline.images import ImageError, decode, resize
 from pipeline.model_store import ModelInfo, load_scorer, package_versions
@@ -30,6 +32,9 @@ from pipeline.results import FailureRow, MapFormat, Region, ScoreRow, finished_s
 from pipeline.scoring import Scorer, find_regions
 from pipeline.storage import Location
 from pipeline.storage_errors import STORAGE_ERRORS
+
+LISTING_TASKS = 4
+"""At once. A directory of 100 000 members is listed in a second or two, and is work for many readers."""
 
 DECODE_THREADS = 4
 """Decoders release Python's lock; a few threads also hide the copies around them."""
@@ -81,24 +86,51 @@ class ShardOutcome:
     failed: int = 0
     anomalous: int = 0
     shards: int = 0
-    """Shards that were read; only on an archive's last row."""
+    """Shards that there are to score; only on an archive's own row."""
     skipped: int = 0
-    """Shards that an earlier run had finished; only on an archive's last row."""
+    """Shards that an earlier run had finished; only on an archive's own row."""
     error: str = ""
-    """Why the shard could not be scored at all; it is not committed and the next run tries again."""
+    """Why the shard, or the rest of the archive, could not be scored at all; the next run tries again."""
 
 
-def read_archive(row: dict[str, Any], plan: BatchPlan) -> Iterator[dict[str, Any]]:
-    """Stage 1, one archive -> its unfinished shards as rows of encoded images, then one row of totals.
+def list_archive(row: dict[str, Any], plan: BatchPlan) -> Iterator[dict[str, Any]]:
+    """Stage 1, one archive -> its unfinished units, and the row of its totals where they are known by now.
 
-    Gives the same rows whenever it is called with the same row: Ray matches a retried task's output by position.
+    This stage and the next give the same rows whenever they are called with the same row: Ray matches a retried
+    task's output by position.
     """
     archive = plan.archives[row["archive"]]
-    suffix = plan.suffix(archive)
-    skip = {name.removesuffix(suffix) for name in row["committed"]}
+    finished = _finished(row, plan)
+    own = {"archive": row["archive"], "committed": [], "unit": b"", "totals": "", "error": ""}
+    try:
+        units = read_units(archive, shard_images=plan.shard_images)
+    except STORAGE_ERRORS as failure:
+        yield own | {"totals": json.dumps([0, 0, len(finished)]), "error": _storage_error(archive, failure)}
+        return
+    members, shards = 0, 0
+    for unit in units:
+        if unit.entries is None:
+            yield own | {"unit": pickle.dumps(unit), "committed": row["committed"]}
+            return
+        if shard_name(archive, unit.index) not in finished:
+            members += len(unit.entries)
+            shards += 1
+            yield own | {"unit": pickle.dumps(unit)}
+    yield own | {"totals": json.dumps([members, shards, len(finished)])}
+
+
+def read_unit(row: dict[str, Any], plan: BatchPlan) -> Iterator[dict[str, Any]]:
+    """Stage 2, one unit -> its unfinished shards as rows of encoded images; for a tar then the row of its totals."""
+    archive = plan.archives[row["archive"]]
+    nothing = {"archive": row["archive"], "shard": "", "names": [], "data": [], "failures": "[]", "error": row["error"]}
+    if not row["unit"]:
+        yield nothing | {"failures": row["totals"]}
+        return
+    unit = pickle.loads(row["unit"])
+    finished, suffix = _finished(row, plan), plan.suffix(archive)
     shards, members, error = 0, 0, ""
     try:
-        for shard in read_shards(archive, shard_images=plan.shard_images, skip=skip):
+        for shard in read_shards(archive, unit, shard_images=plan.shard_images, skip=finished):
             members += len(shard.members)
             shards += 1
             yield {
@@ -111,15 +143,21 @@ def read_archive(row: dict[str, Any], plan: BatchPlan) -> Iterator[dict[str, Any
             }
     except STORAGE_ERRORS as failure:
         # The storage gave up in the middle: what came before stands, the rest is for the next run.
-        error = f"{archive.location}: {' '.join(str(failure).split())}"
-    yield {
-        "archive": row["archive"],
-        "shard": "",
-        "names": [],
-        "data": [],
-        "failures": json.dumps([members, shards, len(skip)]),
-        "error": error,
-    }
+        error = _storage_error(archive, failure)
+    if unit.entries is None:
+        yield nothing | {"failures": json.dumps([members, shards, len(finished)]), "error": error}
+    elif error:
+        yield nothing | {"shard": shard_name(archive, unit.index) + suffix, "error": error}
+
+
+def _finished(row: dict[str, Any], plan: BatchPlan) -> set[str]:
+    """Names of the archive's shards that are committed, as the archive itself calls them."""
+    suffix = plan.suffix(plan.archives[row["archive"]])
+    return {name.removesuffix(suffix) for name in row["committed"]}
+
+
+def _storage_error(archive: Archive, error: Exception) -> str:
+    return f"{archive.location}: {' '.join(str(error).split())}"
 
 
 def committed_shards(plan: BatchPlan, archive: Archive) -> list[str]:
@@ -130,9 +168,9 @@ def committed_shards(plan: BatchPlan, archive: Archive) -> list[str]:
 
 
 def decode_shard(row: dict[str, Any], plan: BatchPlan) -> dict[str, Any]:
-    """Stage 2, encoded images -> one block of uint8 photographs at the model's map size; what fails joins the failures."""
+    """Stage 3, encoded images -> one block of uint8 photographs at the model's map size; what fails joins the failures."""
     decoded = {"archive": row["archive"], "shard": row["shard"], "error": row["error"]}
-    if not row["shard"]:
+    if row["error"] or not row["shard"]:
         return decoded | {"names": [], "sizes": b"", "images": b"", "failures": row["failures"]}
     size = plan.models[plan.archives[row["archive"]].category].config.scoring.map_size
 
@@ -158,7 +196,7 @@ def decode_shard(row: dict[str, Any], plan: BatchPlan) -> dict[str, Any]:
 
 
 class ScoringActor:
-    """Stage 3, photographs -> maps, scores and regions, committed as the shard's files. Loads each model once."""
+    """Stage 4, photographs -> maps, scores and regions, committed as the shard's files. Loads each model once."""
 
     def __init__(self, plan: BatchPlan, workers: Workers) -> None:
         torch.set_num_threads(workers.threads)
@@ -173,6 +211,8 @@ class ScoringActor:
             return asdict(
                 ShardOutcome(row["archive"], None, members, shards=shards, skipped=skipped, error=row["error"])
             )
+        if row["error"]:
+            return asdict(ShardOutcome(row["archive"], row["shard"], members=0, error=row["error"]))
         failures = [(name, Failure(**failure)) for name, failure in json.loads(row["failures"])]
         members = len(row["names"]) + len(failures)
         try:
@@ -269,27 +309,34 @@ class Totals:
     shards: int
     lost_shards: int
     """Read but neither committed nor refused with an error."""
+    unbalanced_archives: int
+    """Of which not every image was scored or failed, or of which nothing was heard."""
     skipped_shards: int
     errors: tuple[str, ...]
 
     @property
     def balanced(self) -> bool:
-        """Whether every image read was scored or has a failures row."""
-        return self.images == self.scored + self.failed and self.lost_shards == 0
+        """Whether every image of every archive was scored or has a failures row."""
+        return self.unbalanced_archives == 0 and self.lost_shards == 0
 
 
-def total(outcomes: list[ShardOutcome]) -> Totals:
-    """Add up outcomes. `images` counts what the readers saw, the others what was committed."""
-    archives = [outcome for outcome in outcomes if outcome.shard is None]
+def total(outcomes: list[ShardOutcome], archives: int) -> Totals:
+    """Add up outcomes of so many archives. `images` counts what the archives hold, the others what was committed."""
+    heads = [outcome for outcome in outcomes if outcome.shard is None]
     shards = [outcome for outcome in outcomes if outcome.shard is not None]
+    members = {head.archive: head.members for head in heads}
+    done = Counter[int]()
+    for outcome in shards:
+        done[outcome.archive] += outcome.scored + outcome.failed
     return Totals(
-        images=sum(outcome.members for outcome in archives),
+        images=sum(members.values()),
         scored=sum(outcome.scored for outcome in shards),
         failed=sum(outcome.failed for outcome in shards),
         anomalous=sum(outcome.anomalous for outcome in shards),
         shards=sum(not outcome.error for outcome in shards),
-        lost_shards=sum(outcome.shards for outcome in archives) - len({outcome.shard for outcome in shards}),
-        skipped_shards=sum(outcome.skipped for outcome in archives),
+        lost_shards=sum(head.shards for head in heads) - len({outcome.shard for outcome in shards}),
+        unbalanced_archives=sum(members.get(archive) != done[archive] for archive in range(archives)),
+        skipped_shards=sum(head.skipped for head in heads),
         errors=tuple(sorted({outcome.error for outcome in outcomes if outcome.error})),
     )
 
@@ -320,7 +367,9 @@ def score_archives(plan: BatchPlan, workers: Workers, progress: Callable[[ShardO
             [{"archive": i, "committed": committed_shards(plan, archive)} for i, archive in enumerate(plan.archives)],
             override_num_blocks=len(plan.archives),
         )
-        .flat_map(read_archive, fn_kwargs={"plan": plan}, num_cpus=0.25)
+        # Stages that ask for the same share of a CPU become one task, and the units would stay with one reader.
+        .flat_map(list_archive, fn_kwargs={"plan": plan}, num_cpus=0.05, compute=TaskPoolStrategy(LISTING_TASKS))
+        .flat_map(read_unit, fn_kwargs={"plan": plan}, num_cpus=0.2)
         .map(decode_shard, fn_kwargs={"plan": plan}, num_cpus=0.5)
         .map(
             ScoringActor,
@@ -335,7 +384,7 @@ def score_archives(plan: BatchPlan, workers: Workers, progress: Callable[[ShardO
         outcome = ShardOutcome(**row)
         outcomes.append(outcome)
         progress(outcome)
-    totals = total(outcomes)
+    totals = total(outcomes, len(plan.archives))
     record = run_record(plan, totals, time.monotonic() - clock)
     write_run(plan.results, f"{plan.night}-{plan.started:%Y%m%dT%H%M%SZ}", record)
     return totals

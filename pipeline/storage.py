@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,16 @@ from pipeline.storage_errors import STORAGE_ERRORS, explain, missing_bucket
 READ_BLOCK_BYTES = 8 * 2**20
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What a listing tells of a file."""
+
+    size: int
+    """Bytes."""
+    fingerprint: str
+    """As :meth:`Location.fingerprint`."""
 
 
 @dataclass(frozen=True, order=True)
@@ -126,8 +136,7 @@ class Location:
             status = Path(self.uri).stat()
             return f"{status.st_size}-{status.st_mtime_ns}"
         filesystem, path = _filesystem(self.uri)
-        etag = filesystem.info(path).get("ETag")
-        return str(etag).strip('"') if etag else str(filesystem.ukey(path))
+        return _etag(filesystem.info(path)) or str(filesystem.ukey(path))
 
     def open(self) -> BinaryIO:
         """The file opened for reading: seekable; on object storage read in ranges, never as a whole."""
@@ -173,6 +182,23 @@ class Location:
             return self._listed("file")
         filesystem, path = _filesystem(self.uri)
         return self._children(path, filesystem.find(path, detail=False))
+
+    def listing(self) -> dict[str, FileInfo | None]:
+        """What is known of every file in the folder and those below: path from here -> info, in order.
+
+        None for a link to nothing. One listing where the storage tells sizes and ETags in it (S3 does).
+        """
+        if self.is_local:
+            return {file.relative_to(self): _file_info(file) for file in self.files(recursive=True)}
+        filesystem, path = _filesystem(self.uri)
+        found = filesystem.find(path, detail=True)
+        base = path.rstrip("/")
+        listed = {}
+        for file in self._children(path, list(found)):
+            name = file.relative_to(self)
+            info = found[f"{base}/{name}"]
+            listed[name] = FileInfo(int(info["size"]), _etag(info)) if _etag(info) else _file_info(file)
+        return listed
 
     def folders(self) -> list[Location]:
         """The direct sub-folders, sorted by URI; [] where there is no such folder."""
@@ -263,6 +289,20 @@ def require_writable(location: Location) -> None:
         raise UserError(f"cannot write to {location}: {explain(location.uri, error, _s3_endpoint())}") from error
 
 
+def read_files(files: Sequence[Location]) -> list[bytes | Exception]:
+    """The content of each file of one storage, or the error that reading it raised.
+
+    On object storage many at a time, which matters where files are small and far away.
+    """
+    if not files or files[0].is_local:
+        return [_content(file) for file in files]
+    filesystem, _ = _filesystem(files[0].uri)
+    paths = [_filesystem(file.uri)[1] for file in files]
+    # Whole files, but not by cat(), which takes "[" and "*" in a name for a pattern.
+    contents: list[bytes | Exception] = filesystem.cat_ranges(paths, None, None, on_error="return")
+    return contents
+
+
 def _s3_endpoint() -> str | None:
     """The S3 endpoint of the environment; None leaves it to botocore (its config file, else AWS)."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
@@ -285,6 +325,24 @@ def _filesystem(uri: str) -> tuple[Any, str]:
         options["anon"] = True
     # Not url_to_fs: it takes "::" in a key for a chain of file systems.
     return fsspec.filesystem("s3", **options), uri.removeprefix("s3://")
+
+
+def _file_info(file: Location) -> FileInfo | None:
+    try:
+        return FileInfo(file.size(), file.fingerprint())
+    except FileNotFoundError:
+        return None
+
+
+def _etag(info: dict[str, Any]) -> str:
+    return str(info.get("ETag") or "").strip('"')
+
+
+def _content(file: Location) -> bytes | Exception:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        return error
 
 
 def _absolute(path: str) -> str:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
+import itertools
 import os
+import pickle
 import random
 import re
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
+import s3fs
 
-from pipeline import archive_members
-from pipeline.archives import Archive, Member, find_archives, image_id, read_shards
+from pipeline import archive_members, unpacking
+from pipeline.archives import Archive, Member, Shard, find_archives, image_id, read_units
+from pipeline.archives import read_shards as read_unit
 from pipeline.errors import UserError
 from pipeline.images import ImageError, decode, encode_png
 from pipeline.storage import Location
@@ -75,13 +82,32 @@ def write_folder(folder: Path, files: Files) -> Path:
     return folder / "loose"
 
 
-every_kind = pytest.mark.parametrize("write", [write_tar, write_tar_gz, write_zip, write_folder])
-every_file_kind = pytest.mark.parametrize("write", [write_tar, write_tar_gz, write_zip])
+def write_tar_zst(folder: Path, files: Files) -> Path:
+    path = folder / "night.tar.zst"
+    path.write_bytes(zstd(tar_bytes(files)))
+    return path
+
+
+def zstd(data: bytes) -> bytes:
+    packed = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(packed, "zstd") as stream:
+        stream.write(data)
+    return packed.getvalue().to_pybytes()
+
+
+every_kind = pytest.mark.parametrize("write", [write_tar, write_tar_gz, write_tar_zst, write_zip, write_folder])
+every_file_kind = pytest.mark.parametrize("write", [write_tar, write_tar_gz, write_tar_zst, write_zip])
 
 
 def found(path: Path) -> Archive:
     (archive,) = find_archives([str(path)], category="bottle")
     return archive
+
+
+def read_shards(archive: Archive, *, skip: Container[str] = (), **limits: int) -> Iterator[Shard]:
+    """The whole archive, one unit after the other."""
+    for unit in read_units(archive, **limits):
+        yield from read_unit(archive, unit, skip=skip, **limits)
 
 
 def list_members(archive: Archive) -> list[Member]:
@@ -235,6 +261,13 @@ def test_shards_close_before_they_exceed_their_bytes(tmp_path: Path, write: Writ
     ]
 
 
+def test_a_bomb_is_not_read_and_moves_no_cut(tmp_path: Path) -> None:
+    files = [("0.png", png(0)), ("1.png", bytes(2**24)), ("2.png", png(2))]
+    shards = list(read_shards(found(write_zip(tmp_path, files)), shard_bytes=2**20))
+    assert [[m.name for m in shard.members] for shard in shards] == [["0.png"], ["1.png"], ["2.png"]]
+    assert codes(list(shards[1].members)) == {"1.png": "zip_bomb"}
+
+
 @every_kind
 def test_finished_shards_are_left_out_and_the_others_stay_as_they_were(tmp_path: Path, write: Write) -> None:
     files = [*some_images(5), ("good/notes.txt", b"text"), ("good/zero.png", b""), ("z.png", png(9))]
@@ -260,14 +293,14 @@ def test_skipping_does_not_move_the_damage(tmp_path: Path) -> None:
 
 def test_reads_from_object_storage_as_from_disk(tmp_path: Path) -> None:
     storage = fsspec.filesystem("memory")
-    for write in (write_tar, write_tar_gz, write_zip, write_folder):
+    for write in (write_tar, write_tar_gz, write_tar_zst, write_zip, write_folder):
         path = write(tmp_path, some_images(5))
         storage.put(str(path), f"/bucket/category=pill/{path.name}", recursive=True)
     try:
         archives = find_archives(["memory://bucket"], category=None)
-        assert [(a.kind, a.category) for a in archives] == [(k, "pill") for k in ("folder", "tar", "tar", "zip")]
+        assert [(a.kind, a.category) for a in archives] == [(k, "pill") for k in ("folder", "tar", "tar", "tar", "zip")]
         contents = [[data for _, data in images(list_members(archive))] for archive in archives]
-        assert contents == [[data for _, data in some_images(5)]] * 4
+        assert contents == [[data for _, data in some_images(5)]] * 5
     finally:
         storage.rm("/bucket", recursive=True)
 
@@ -381,9 +414,10 @@ def test_folder_with_a_link_to_nothing_and_a_pipe(tmp_path: Path) -> None:
     assert codes(members) == {"gone.png": "unreadable", "pipe.png": "empty_file"}
 
 
-def test_an_archive_without_members_gives_no_shard(tmp_path: Path) -> None:
-    for write in (write_tar, write_tar_gz, write_zip):
-        assert list(read_shards(found(write(tmp_path, [])))) == []
+@every_file_kind
+@pytest.mark.parametrize("files", [[], [(".DS_Store", b"x")]])
+def test_an_archive_without_files_says_so(tmp_path: Path, write: Write, files: Files) -> None:
+    assert codes(members_of(write(tmp_path, files))) == {"": "empty_archive"}
 
 
 # --- Damage
@@ -399,7 +433,7 @@ def test_unreadable_archive_is_one_shard_with_one_failure(tmp_path: Path, write:
     assert_ends_in_damage([member])
 
 
-@pytest.mark.parametrize("write", [write_tar, write_tar_gz])
+@pytest.mark.parametrize("write", [write_tar, write_tar_gz, write_tar_zst])
 def test_cut_tar_gives_all_before_the_cut_and_says_so(tmp_path: Path, write: Write) -> None:
     files = some_images(8)
     whole = write(tmp_path, files).read_bytes()
@@ -407,15 +441,16 @@ def test_cut_tar_gives_all_before_the_cut_and_says_so(tmp_path: Path, write: Wri
     # A tar ends in padding that nobody misses.
     end = len(whole.rstrip(b"\0")) if write is write_tar else len(whole)
     complete = []
-    for cut in range(0, end, 131):
+    for cut in range(0, end, 331):
         path.write_bytes(whole[:cut])
         members = members_of(path)
         assert_ends_in_damage(members)
         assert images(members) == list(files)[: len(images(members))]
         complete.append(len(images(members)))
     assert complete == sorted(complete)
-    assert set(complete) >= set(range(8))
-    assert complete[len(complete) // 2] in (3, 4)
+    if write is not write_tar_zst:  # which unpacks 128 KiB or nothing
+        assert set(complete) >= set(range(8))
+        assert complete[len(complete) // 2] in (3, 4)
 
 
 def test_cut_between_two_members_is_damage_too(tmp_path: Path) -> None:
@@ -447,6 +482,30 @@ def test_gzip_in_several_parts_and_gzip_without_its_suffix(tmp_path: Path) -> No
     path = tmp_path / "night.tar"
     path.write_bytes(gzip.compress(tar[:half]) + gzip.compress(tar[half:]))
     assert images(members_of(path)) == list(some_images(6))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstd])
+def test_all_that_is_unpacked_before_damage_is_given(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    files = some_images(4)
+    tar = tar_bytes(files)
+    ends = [tar.index(name.encode()) + 512 + len(data) for name, data in files]
+    path = tmp_path / "night.tar"
+    for count, end in enumerate(ends, start=1):
+        for first in (end - 1, end):
+            path.write_bytes(pack(tar[:first]) + b"no frame")
+            assert images(members_of(path)) == list(files)[: count - (first < end)]
+            assert_ends_in_damage(members_of(path))
+
+
+def test_what_unpacks_without_end_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "night.tar.zst"
+    path.write_bytes(zstd(tar_bytes(some_images(2))) + zstd(bytes(2**25)))
+    monkeypatch.setattr(unpacking, "FREE_BYTES", 2**20)
+    members = members_of(path)
+    assert images(members) == list(some_images(2))
+    assert codes(members) == {"": "archive_bomb"}
+    monkeypatch.setattr(unpacking, "FREE_BYTES", 2**26)
+    assert codes(members_of(path)) == {}
 
 
 def test_wrong_gzip_checksum_is_reported(tmp_path: Path) -> None:
@@ -509,13 +568,14 @@ def test_any_bytes_end_in_members_and_failures(tmp_path: Path, write: Write) -> 
 
 
 class FailingFile(io.BytesIO):
-    """A file on a storage whose connection breaks at the byte ``breaks_at``."""
+    """A file on a storage whose connection breaks at the byte ``breaks_at``, and works again when asked again."""
 
     breaks_at = 0
 
     def read(self, size: int | None = -1) -> bytes:
         end = len(self.getvalue()) if size is None or size < 0 else self.tell() + size
         if self.tell() <= self.breaks_at < end:
+            self.breaks_at = -1
             raise ConnectionResetError("the network is gone")
         return super().read(size)
 
@@ -544,6 +604,89 @@ def test_errors_of_the_storage_are_raised_and_not_taken_for_damage(
     monkeypatch.undo()
     with pytest.raises(FileNotFoundError):
         list(read_shards(archive))
+
+
+def test_a_unit_reads_no_more_of_a_zip_than_its_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [(f"{index}.png", png(index, side=100)) for index in range(12)]
+    archive = found(write_zip(tmp_path, files))
+    units = read_units(archive, shard_images=3)
+    whole = Path(archive.location.uri).read_bytes()
+    read: list[tuple[int, int]] = []
+
+    class Noting(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            start = self.tell()
+            data = super().read(size)
+            read.append((start, self.tell()))
+            return data
+
+    monkeypatch.setattr(Location, "open", lambda self: Noting(whole))
+    ranges = []
+    for number in (2, 0, 3, 1):  # in any order, on any worker
+        unit = pickle.loads(pickle.dumps(units[number]))
+        (shard,) = read_unit(archive, unit, shard_images=3)
+        assert images(list(shard.members)) == files[3 * number : 3 * number + 3]
+        ranges.append((min(start for start, _ in read), max(end for _, end in read)))
+        read.clear()
+    assert sorted(ranges) == [ranges[1], ranges[3], ranges[0], ranges[2]]
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(sorted(ranges)))
+
+
+def test_listing_a_large_zip_takes_the_memory_of_its_directory(tmp_path: Path) -> None:
+    path = tmp_path / "night.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for index in range(20_000):
+            archive.writestr(f"{index:06d}.png", b"x")
+    tracemalloc.start()
+    try:
+        units = read_units(found(path))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(len(unit.entries or ()) for unit in units) == 20_000
+    assert peak < 20_000 * 3000
+
+
+def test_a_folder_on_object_storage_is_one_listing(s3: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = s3 / "night"
+    files = [*some_images(3), ("[1]*.png", png(8)), ("category=other/x.png", png(9)), ("x.tar", b"x")]
+    for name, data in files:
+        (folder / name).write_bytes(data)
+    archive = Archive(folder, "folder", "bottle")
+    listed = Archive(folder, "folder", "bottle", members=("good/002.png", "good/gone.png"))
+    marks = "\n".join(f"{file.uri} {file.fingerprint()}" for file in (folder / name for name, _ in sorted(files[:4])))
+
+    def one_by_one(self: Location) -> None:
+        raise AssertionError(f"asked for {self} alone")
+
+    for method in ("size", "fingerprint", "read_bytes"):
+        monkeypatch.setattr(Location, method, one_by_one)
+    # What results of earlier runs are filed under.
+    assert archive.fingerprinted().fingerprint == hashlib.sha256(marks.encode()).hexdigest()
+    assert images(list_members(archive)) == sorted(files[:4])
+    assert listed.fingerprinted().fingerprint not in ("", archive.fingerprinted().fingerprint)
+    assert images(list_members(listed)) == [files[2]]
+    assert codes(list_members(listed)) == {"good/gone.png": "unreadable"}
+
+
+def test_a_loose_file_that_goes_away_is_a_failure_and_a_refusal_is_not(
+    s3: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, data in some_images(3):
+        (s3 / "night" / name).write_bytes(data)
+    archive = Archive(s3 / "night", "folder", "bottle")
+    (unit,) = read_units(archive)
+    (s3 / "night/good/001.png").remove()
+    (shard,) = read_unit(archive, unit)
+    assert codes(list(shard.members)) == {"good/001.png": "member_damaged"}
+    assert len(images(list(shard.members))) == 2
+
+    async def refused(*_: object, **__: object) -> bytes:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_cat_file", refused)
+    with pytest.raises(PermissionError):
+        list(read_unit(archive, unit))
 
 
 # Where the end record of a zip says how long the directory is, and where it starts.

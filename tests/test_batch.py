@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tarfile
+import zipfile
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 
 from pipeline.archives import Archive
-from pipeline.batch import BatchPlan, ShardOutcome, Workers, _on_photograph, decode_shard, read_archive, total
+from pipeline.batch import (
+    BatchPlan,
+    ScoringActor,
+    ShardOutcome,
+    Workers,
+    _on_photograph,
+    decode_shard,
+    list_archive,
+    read_unit,
+    total,
+)
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.images import encode_png
@@ -43,20 +57,82 @@ def plan(tmp_path: Path, tiny: Config) -> BatchPlan:
     )
 
 
-def test_a_reader_gives_the_same_rows_again_whatever_was_committed_meanwhile(plan: BatchPlan) -> None:
-    row = {"archive": 0, "committed": []}
-    first = list(read_archive(row, plan))
+def read(plan: BatchPlan, committed: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows of the first archive's shards and totals, as the two reading stages give them."""
+    units = list_archive({"archive": 0, "committed": list(committed)}, plan)
+    return [row for unit in units for row in read_unit(unit, plan)]
+
+
+@pytest.fixture(params=["folder", "zip", "tar"])
+def any_plan(plan: BatchPlan, request: pytest.FixtureRequest) -> BatchPlan:
+    """The same files in a folder, a zip or a tar."""
+    (folder,) = plan.archives
+    if request.param == "folder":
+        return plan
+    path = Path(folder.location.uri)
+    packed = path.parent / f"night.{request.param}"
+    if request.param == "zip":
+        with zipfile.ZipFile(packed, "w") as archive:
+            for file in sorted(path.iterdir()):
+                archive.write(file, file.name)
+    else:
+        with tarfile.open(packed, "w") as tar:
+            for file in sorted(path.iterdir()):
+                tar.add(file, file.name)
+    found = Archive(Location.parse(packed), request.param, "cloth").fingerprinted()
+    return dataclasses.replace(plan, archives=(found,))
+
+
+def test_a_reader_gives_the_same_rows_again_whatever_was_committed_meanwhile(any_plan: BatchPlan) -> None:
+    plan = any_plan
+    first = read(plan)
     (plan.results / "scores/category=cloth/night=2026-01-31" / f"{first[0]['shard']}.parquet").write_bytes(b"")
-    assert list(read_archive(row, plan)) == first
+    assert read(plan) == first
     assert [len(shard["names"]) for shard in first] == [2, 2, 2, 0]
     assert json.loads(first[-1]["failures"]) == [6, 3, 0]
 
 
-def test_committed_shards_are_not_read_again(plan: BatchPlan) -> None:
-    names = [row["shard"] for row in read_archive({"archive": 0, "committed": []}, plan)][:3]
-    left = list(read_archive({"archive": 0, "committed": [names[0], names[2]]}, plan))
+def test_committed_shards_are_not_read_again(any_plan: BatchPlan) -> None:
+    names = [row["shard"] for row in read(any_plan)][:3]
+    left = read(any_plan, [names[0], names[2]])
     assert [row["shard"] for row in left] == [names[1], ""]
     assert json.loads(left[-1]["failures"]) == [2, 1, 2]
+    assert [row["shard"] for row in read(any_plan, names)] == [""]
+
+
+def test_a_large_archive_is_work_for_many_readers(any_plan: BatchPlan) -> None:
+    units = list(list_archive({"archive": 0, "committed": []}, any_plan))
+    of_each = [[row["shard"] for row in read_unit(unit, any_plan) if row["shard"]] for unit in units]
+    assert [len(shards) for shards in of_each] == ([3] if any_plan.archives[0].kind == "tar" else [1, 1, 1, 0])
+
+
+def test_a_storage_that_gives_up_is_named_and_upsets_the_balance(
+    any_plan: BatchPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (archive,) = any_plan.archives
+    units = list(list_archive({"archive": 0, "committed": []}, any_plan))
+
+    def gone(*_: object) -> BinaryIO:
+        raise ConnectionResetError("the network is gone")
+
+    monkeypatch.setattr(Location, "open", gone)
+    monkeypatch.setattr(Location, "read_bytes", gone)
+    monkeypatch.setattr(Location, "listing", gone)
+    rows = [row for unit in units for row in read_unit(unit, any_plan)]
+    assert {row["error"] for row in rows if row["shard"] or archive.kind == "tar"} == {
+        f"{archive.location}: the network is gone"
+    }
+    outcomes = [outcome_of(row, any_plan) for row in rows]
+    assert total(outcomes, 1).errors
+    assert total(outcomes, 1).balanced == (archive.kind == "tar")  # where nothing is known of what there is
+    if archive.kind != "tar":
+        (row,) = read(any_plan)
+        assert row["error"]
+
+
+def outcome_of(row: dict[str, Any], plan: BatchPlan) -> ShardOutcome:
+    """What the scoring actor makes of a row that has nothing to score."""
+    return ShardOutcome(**ScoringActor(plan, Workers(1, 1, 1.0, 0.0))(decode_shard(row, plan)))
 
 
 @pytest.mark.parametrize("change", ["content", "shard size", "model"])
@@ -73,7 +149,7 @@ def test_shards_of_a_changed_archive_size_or_model_have_other_names(plan: BatchP
 
 
 def test_decoding_keeps_the_order_and_names_what_fails(plan: BatchPlan) -> None:
-    rows = list(read_archive({"archive": 0, "committed": []}, plan))
+    rows = read(plan)
     decoded = decode_shard(rows[2], plan)
     assert decoded["names"] == ["4.png"]
     images = np.frombuffer(decoded["images"], np.uint8).reshape(-1, 32, 32, 3)
@@ -83,12 +159,18 @@ def test_decoding_keeps_the_order_and_names_what_fails(plan: BatchPlan) -> None:
     assert (name, failure["stage"], failure["error"]) == ("5.png", "decode", "not_an_image")
 
 
-def test_a_lost_shard_is_noticed_even_where_the_sums_agree() -> None:
+def test_a_lost_shard_or_archive_is_noticed_even_where_the_sums_agree() -> None:
     done = ShardOutcome(0, "s0", 2, scored=2)
-    read = ShardOutcome(0, None, members=2, shards=2)
-    assert not total([done, read]).balanced
-    assert total([done, dataclasses.replace(read, shards=1)]).balanced
-    assert not total([done, dataclasses.replace(read, members=3, shards=1)]).balanced
+    head = ShardOutcome(0, None, members=2, shards=1)
+    assert total([done, head], 1).balanced
+    assert not total([done, dataclasses.replace(head, shards=2)], 1).balanced
+    assert not total([done, dataclasses.replace(head, members=3)], 1).balanced
+    assert total([done, head], 2).unbalanced_archives == 1
+
+    other = ShardOutcome(1, "s1", 2, scored=1, failed=1)
+    assert total([done, head, other, dataclasses.replace(head, archive=1)], 2).balanced
+    swapped = [dataclasses.replace(head, members=1), dataclasses.replace(head, archive=1, members=3)]
+    assert total([done, other, *swapped], 2).unbalanced_archives == 2
 
 
 def test_regions_stay_on_the_photograph() -> None:
