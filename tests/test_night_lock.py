@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import s3_options
 from pipeline.errors import UserError
 from pipeline.night_lock import LockLostError, NightLock, hold_night
 from pipeline.storage import Location
@@ -69,12 +68,13 @@ def test_the_lock_is_free_after_an_exception(results: Location) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_night_that_lasts_longer_than_the_expiry_stays_held(results: Location) -> None:
-    with hold_night(results, NIGHT, wait=False, expiry_s=3) as lock:
+    with hold_night(results, NIGHT, wait=False, expiry_s=6) as lock:
         first = _file(results).read_stored().version
-        until = time.monotonic() + 6
+        until = time.monotonic() + 10
         while time.monotonic() < until:
-            with pytest.raises(UserError, match="another run"), hold_night(results, NIGHT, wait=False, expiry_s=3):
+            with pytest.raises(UserError, match="another run"), hold_night(results, NIGHT, wait=False, expiry_s=6):
                 pytest.fail("two runs of one night")
             lock.check()
             time.sleep(0.2)
@@ -83,9 +83,9 @@ def test_a_night_that_lasts_longer_than_the_expiry_stays_held(results: Location)
 
 def test_a_holder_whose_lock_was_taken_notices_and_leaves_the_others_lock(results: Location) -> None:
     losing = pytest.raises(LockLostError, match=NIGHT)
-    with losing, hold_night(results, NIGHT, wait=False, expiry_s=6) as lock:
+    with losing, hold_night(results, NIGHT, wait=False, expiry_s=30) as lock:
         _file(results).write_bytes(STALE)
-        _wait_until_lost(lock, at_most_s=5)
+        _wait_until_lost(lock, at_most_s=15)
         with pytest.raises(LockLostError):
             lock.check()
     assert _file(results).read_bytes() == STALE
@@ -93,30 +93,27 @@ def test_a_holder_whose_lock_was_taken_notices_and_leaves_the_others_lock(result
 
 def test_a_holder_whose_lock_was_removed_notices(results: Location) -> None:
     losing = pytest.raises(LockLostError, match=NIGHT)
-    with losing, hold_night(results, NIGHT, wait=False, expiry_s=6) as lock:
+    with losing, hold_night(results, NIGHT, wait=False, expiry_s=30) as lock:
         _file(results).remove()
-        _wait_until_lost(lock, at_most_s=5)
+        _wait_until_lost(lock, at_most_s=15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["reset", "stall"])
 def test_a_holder_out_of_reach_of_the_storage_gives_up_at_the_expiry(
     s3: Location, server: str, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
-    """And so before others may take over, which they may after the expiry."""
-    monkeypatch.setattr(s3_options, "READ_TIMEOUT_S", 1)
-    with fault_proxy(server) as proxy:
+    """And so before others may take over, which they may after the expiry. A storage that is back changes nothing."""
+    with fault_proxy(server, stall_s=1000) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         losing = pytest.raises(LockLostError, match=NIGHT)
-        with losing, hold_night(s3, NIGHT, wait=False, expiry_s=4) as lock:
+        with losing, hold_night(s3, NIGHT, wait=False, expiry_s=8) as lock:
             proxy.break_some(1.0, [fault], seed=0)
-            assert 2 < _wait_until_lost(lock, at_most_s=5) < 4.5
+            assert 4 < _wait_until_lost(lock, at_most_s=12) < 10
             proxy.break_some(0.0, [], seed=0)
-            time.sleep(1)
+            time.sleep(2)
             assert lock.lost
         assert proxy.injected[fault] > 0
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    with hold_night(s3, NIGHT, wait=True, expiry_s=4):
-        pass
 
 
 def test_a_storage_out_of_reach_for_less_than_the_expiry_loses_nothing(
@@ -202,5 +199,5 @@ def test_a_killed_holders_night_is_free_after_the_expiry(results: Location) -> N
     with pytest.raises(UserError, match=f"process {run.pid}"), hold_night(results, NIGHT, wait=False):
         pytest.fail("taken over before the expiry")
     with hold_night(results, NIGHT, wait=True, expiry_s=5.0):
-        assert 2 < time.monotonic() - killed < 15
+        assert 2 < time.monotonic() - killed < 30
     assert results.files(recursive=True) == []
