@@ -1,8 +1,8 @@
 """Reading S3 objects over connections that break, and writing them only if nobody else did.
 
 What fails before an answer arrives is repeated by botocore (:mod:`pipeline.s3_options`). What fails after that
-is dealt with here: a body that stops or stalls is continued where it broke off, a body shorter than what was
-asked for counts as broken, and an object that changes meanwhile is an error, so that no read mixes two versions.
+is dealt with here: a body that stops, stalls or is shorter than what was asked for is continued where it broke
+off, and an object that changes meanwhile is an error, so that no read mixes two versions.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def read_stored(
         arrived: list[bytes] = []
         reason: Exception | None = None
         try:
-            if response["ContentLength"] == end - position:
+            if response["ContentLength"] <= end - position:  # a server that ignores ranges sends more
                 sync(filesystem.loop, _drain, response["Body"], arrived)
         except FlexibleChecksumError as error:
             reason, chunks, arrived, position = error, [], [], start

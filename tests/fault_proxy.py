@@ -15,10 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["slow_down", "error", "reset", "lost_reply", "cut", "short", "stall"]
+Fault = Literal["slow_down", "error", "reset", "lost_reply", "cut", "short", "stall", "whole"]
 """Of the request: answered 503 SlowDown or 500, connection reset, done but its answer never sent. Of a body:
 half of it and then the end of the connection; half of it, with headers that say so (of ranges only: nothing tells
-of it otherwise); half of it and silence."""
+of it otherwise); half of it and silence; the whole object instead of the range."""
 
 BODY_FAULTS: tuple[Fault, ...] = ("cut", "short", "stall")
 MOST_IN_A_ROW = 3
@@ -96,8 +96,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._count(fault)
             self._reset()
         else:
-            status, headers, content, length = self._ask_upstream(body)
-            if fault == "lost_reply":
+            status, headers, content, length = self._ask_upstream(body, whole=fault == "whole")
+            if fault == "whole":
+                self._count(fault)
+                self._answer(status, headers, content, length)
+            elif fault == "lost_reply":
                 self._count(fault)
                 self._reset()
             elif fault in BODY_FAULTS and status in _BREAKABLE[fault] and len(content) > 1:
@@ -119,12 +122,12 @@ class _Handler(BaseHTTPRequestHandler):
         with self.proxy._lock:
             self.proxy.injected[fault] += 1
 
-    def _ask_upstream(self, body: bytes) -> tuple[int, dict[str, str], bytes, int]:
+    def _ask_upstream(self, body: bytes, *, whole: bool) -> tuple[int, dict[str, str], bytes, int]:
         connection = http.client.HTTPConnection(self.proxy.upstream, timeout=60)
         try:
             connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
-                if name.lower() not in ("expect", "connection"):
+                if name.lower() not in ("expect", "connection", "range" if whole else ""):
                     connection.putheader(name, value)
             connection.endheaders(body)
             response = connection.getresponse()

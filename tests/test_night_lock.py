@@ -91,6 +91,12 @@ def test_a_holder_whose_lock_was_taken_notices_and_leaves_the_others_lock(result
     assert _file(results).read_bytes() == STALE
 
 
+def test_a_holder_that_ends_before_it_notices_leaves_the_others_lock(results: Location) -> None:
+    with hold_night(results, NIGHT, wait=False):
+        _file(results).write_bytes(STALE)
+    assert _file(results).read_bytes() == STALE
+
+
 def test_a_holder_whose_lock_was_removed_notices(results: Location) -> None:
     losing = pytest.raises(LockLostError, match=NIGHT)
     with losing, hold_night(results, NIGHT, wait=False, expiry_s=30) as lock:
