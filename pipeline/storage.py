@@ -2,6 +2,8 @@
 
 S3 takes its endpoint, region, credentials and profile from the usual AWS variables (``AWS_ENDPOINT_URL``,
 ``AWS_DEFAULT_REGION``, ``AWS_ACCESS_KEY_ID``, ...). ``AWS_NO_SIGN_REQUEST=1`` reads public buckets unsigned.
+A server that fails or stalls is asked again for a while (``AWS_MAX_ATTEMPTS``, ``AWS_RETRY_MODE``); a missing
+file and refused credentials are told at once.
 """
 
 from __future__ import annotations
@@ -10,11 +12,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 from uuid import uuid4
 
@@ -22,11 +25,15 @@ import fsspec
 import pyarrow as pa
 import pyarrow.fs
 
+from pipeline import fsspec_files, local_files, s3_objects
 from pipeline.errors import UserError
+from pipeline.s3_options import s3_endpoint, s3_filesystem
 from pipeline.storage_errors import STORAGE_ERRORS, explain, missing_bucket
+from pipeline.stored import Stored
 
 # Reading ahead by s3fs's default of 50 MiB wastes traffic in a zip and memory in an actor.
 READ_BLOCK_BYTES = 8 * 2**20
+READ_THREADS = 16
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
@@ -139,18 +146,31 @@ class Location:
         return _etag(filesystem.info(path)) or str(filesystem.ukey(path))
 
     def open(self) -> BinaryIO:
-        """The file opened for reading: seekable; on object storage read in ranges, never as a whole."""
+        """The file opened for reading: seekable; on object storage read in ranges, never as a whole.
+
+        On S3 reading raises an OSError once the object was replaced: ranges of two versions never mix.
+        """
         if self.is_local:
             return Path(self.uri).open("rb")
         filesystem, path = _filesystem(self.uri)
-        opened: BinaryIO = filesystem.open(path, "rb", block_size=READ_BLOCK_BYTES)
-        return opened
+        if _is_s3(self.uri):
+            return cast(BinaryIO, s3_objects.ObjectReader(filesystem, path, block_size=READ_BLOCK_BYTES))
+        return cast(BinaryIO, filesystem.open(path, "rb", block_size=READ_BLOCK_BYTES))
 
     def read_bytes(self) -> bytes:
         if self.is_local:
             return Path(self.uri).read_bytes()
         filesystem, path = _filesystem(self.uri)
+        if _is_s3(self.uri):
+            return s3_objects.read_stored(filesystem, path).data
         return bytes(filesystem.cat_file(path))
+
+    def read_stored(self) -> Stored:
+        """A small file with the version that :meth:`replace_if` and :meth:`remove_if` ask for."""
+        if self.is_local:
+            return local_files.read_stored(Path(self.uri))
+        filesystem, path = _filesystem(self.uri)
+        return (s3_objects if _is_s3(self.uri) else fsspec_files).read_stored(filesystem, path)
 
     def read_json(self) -> Any:
         return json.loads(self.read_bytes())
@@ -161,10 +181,38 @@ class Location:
         Makes the folders above it. A process killed in the middle can leave a ``.<hex>.tmp`` on a local disk.
         """
         if self.is_local:
-            _replace_file(Path(self.uri), data)
+            local_files.replace(Path(self.uri), data)
         else:
             filesystem, path = _filesystem(self.uri)
             filesystem.pipe_file(path, data)
+
+    def create_bytes(self, data: bytes) -> bool:
+        """Puts the file there only if there is none, in one step. Returns whether it now holds ``data``.
+
+        Of many callers at once with different data one gets True, on a local disk and on S3 servers that know
+        If-None-Match (AWS, MinIO, Ceph, SeaweedFS do). On other storages it is no more than looking first.
+        """
+        if self.is_local:
+            return local_files.create(Path(self.uri), data)
+        filesystem, path = _filesystem(self.uri)
+        return (s3_objects if _is_s3(self.uri) else fsspec_files).create(filesystem, path, data)
+
+    def replace_if(self, version: str, data: bytes) -> bool:
+        """Replaces that version of the file, as safe as :meth:`create_bytes` (on S3 by If-Match).
+
+        Returns whether the file now holds ``data``.
+        """
+        if self.is_local:
+            return local_files.replace_if(Path(self.uri), version, data)
+        filesystem, path = _filesystem(self.uri)
+        return (s3_objects if _is_s3(self.uri) else fsspec_files).replace_if(filesystem, path, version, data)
+
+    def remove_if(self, version: str) -> bool:
+        """Removes that version of the file, like :meth:`replace_if`. Returns whether it did."""
+        if self.is_local:
+            return local_files.remove_if(Path(self.uri), version)
+        filesystem, path = _filesystem(self.uri)
+        return (s3_objects if _is_s3(self.uri) else fsspec_files).remove_if(filesystem, path, version)
 
     def write_json(self, value: Any) -> None:
         """Like :meth:`write_bytes`: indented, keys sorted, so that two versions compare line by line."""
@@ -177,7 +225,7 @@ class Location:
         Hidden names count. On object storage the recursive list is one listing, whatever the depth.
         """
         if self.is_local:
-            return sorted(Location(path) for path in _local_files(self.uri, recursive=recursive))
+            return sorted(Location(path) for path in local_files.walk(self.uri, recursive=recursive))
         if not recursive:
             return self._listed("file")
         filesystem, path = _filesystem(self.uri)
@@ -270,10 +318,10 @@ def require_exists(location: Location, what: str) -> None:
         if location.exists():
             return
         bucket = Location("/".join(location.uri.split("/", 3)[:3]))
-        bucket_missing = location.uri.startswith("s3://") and not bucket.exists()
+        bucket_missing = _is_s3(location.uri) and not bucket.exists()
     except STORAGE_ERRORS as error:
-        raise UserError(f"{what} {location} cannot be read: {explain(location.uri, error, _s3_endpoint())}") from error
-    advice = missing_bucket(location.uri, _s3_endpoint()) if bucket_missing else "check the path"
+        raise UserError(f"{what} {location} cannot be read: {explain(location.uri, error, s3_endpoint())}") from error
+    advice = missing_bucket(location.uri, s3_endpoint()) if bucket_missing else "check the path"
     raise UserError(f"{what} {location} does not exist: {advice}")
 
 
@@ -286,45 +334,34 @@ def require_writable(location: Location) -> None:
         probe.write_bytes(b"")
         probe.remove()
     except STORAGE_ERRORS as error:
-        raise UserError(f"cannot write to {location}: {explain(location.uri, error, _s3_endpoint())}") from error
+        raise UserError(f"cannot write to {location}: {explain(location.uri, error, s3_endpoint())}") from error
 
 
 def read_files(files: Sequence[Location]) -> list[bytes | Exception]:
-    """The content of each file of one storage, or the error that reading it raised.
+    """The content of each file, or the error that reading it raised; many at a time, for small files far away."""
 
-    On object storage many at a time, which matters where files are small and far away.
-    """
-    if not files or files[0].is_local:
-        return [_content(file) for file in files]
-    filesystem, _ = _filesystem(files[0].uri)
-    paths = [_filesystem(file.uri)[1] for file in files]
-    # Whole files, but not by cat(), which takes "[" and "*" in a name for a pattern.
-    contents: list[bytes | Exception] = filesystem.cat_ranges(paths, None, None, on_error="return")
-    return contents
+    def content(file: Location) -> bytes | Exception:
+        try:
+            return file.read_bytes()
+        except STORAGE_ERRORS as error:
+            return error
 
-
-def _s3_endpoint() -> str | None:
-    """The S3 endpoint of the environment; None leaves it to botocore (its config file, else AWS)."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        return list(threads.map(content, files))
 
 
 def _filesystem(uri: str) -> tuple[Any, str]:
-    """The fsspec file system of a URI that is not local, and the path that it uses for it.
+    """The fsspec file system of a URI that is not local, and the path that it uses for it."""
+    if _is_s3(uri):
+        # Not url_to_fs: it takes "::" in a key for a chain of file systems.
+        return s3_filesystem(), uri.removeprefix("s3://")
+    # Listings are not cached, since other nodes write what we read.
+    filesystem, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+    return filesystem, path
 
-    fsspec keeps one instance per process, thread and options. Naming the endpoint in the options makes a
-    change of the environment count; listings are not cached, since other nodes write what we read.
-    """
-    if not uri.startswith("s3://"):
-        filesystem, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
-        return filesystem, path
-    # One request per read: parts fetched side by side may come from two versions of a file.
-    options: dict[str, Any] = {"use_listings_cache": False, "max_concurrency": 1}
-    if endpoint := _s3_endpoint():
-        options["endpoint_url"] = endpoint
-    if os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes", "on"):
-        options["anon"] = True
-    # Not url_to_fs: it takes "::" in a key for a chain of file systems.
-    return fsspec.filesystem("s3", **options), uri.removeprefix("s3://")
+
+def _is_s3(uri: str) -> bool:
+    return uri.startswith("s3://")
 
 
 def _file_info(file: Location) -> FileInfo | None:
@@ -338,13 +375,6 @@ def _etag(info: dict[str, Any]) -> str:
     return str(info.get("ETag") or "").strip('"')
 
 
-def _content(file: Location) -> bytes | Exception:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        return error
-
-
 def _absolute(path: str) -> str:
     # Not resolve(): a symbolic link keeps the name that the user gave.
     return os.path.normpath(Path(path).expanduser().absolute())
@@ -355,30 +385,3 @@ def _file_uri_path(uri: str) -> str:
     if not slash or host not in ("", "localhost"):
         raise UserError(f"{uri} names a host: write file:///absolute/path, or the path alone")
     return unquote(f"/{path}")
-
-
-def _replace_file(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{uuid4().hex}.tmp"
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _local_files(folder: str, *, recursive: bool, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """Paths of the files in a local folder. Follows links to folders, save to one of those ``above``."""
-    if not Path(folder).is_dir():
-        return
-    status = Path(folder).stat()
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.is_dir():
-                yield entry.path
-            elif recursive:
-                yield from _local_files(entry.path, recursive=True, above=above | {identity})

@@ -15,7 +15,7 @@ from pipeline.features import FeatureExtractor
 from pipeline.fit import Fit
 from pipeline.scoring import Scorer
 
-pytest_plugins = ["tests.s3_server"]
+pytest_plugins = ["tests.s3_server", "tests.seaweed_server"]
 
 # Tests are small and may run beside each other: a second thread costs more than it brings.
 torch.set_num_threads(1)

@@ -377,6 +377,7 @@ def test_anonymous_access_needs_no_credentials(s3: Location, monkeypatch: pytest
 
 
 def test_unreachable_server(s3: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")  # sooner than by default
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:do-not-print-me@127.0.0.1:9")
     message = _mistake(lambda: require_exists(s3, "archives"))
     assert "no answer from the S3 server at 127.0.0.1:9" in message

