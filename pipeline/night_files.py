@@ -119,10 +119,11 @@ class NightFiles:
 def look(results: Location, category: str, night: str, tables: Sequence[Table] = ()) -> NightFiles:
     """The finished shards of a night and where they lie, while it may be scored or compacted.
 
-    Scores are listed before and after the other tables. A shard's other files are written before its scores and,
-    when it is compacted, removed after them: what has its scores both times had its other files in between. What
-    has them the first time only went into a compaction; a listing that missed that, since it took its time, is
-    repeated. Raises UserError for a damaged commit, OSError where the files never stay for two listings.
+    Scores are listed before and after the other tables. A shard that is there both times had its other files in
+    between, since these are written before its scores; if they are gone, into a compaction, its commit is in the
+    second listing. So must be what is there the first time only: where it is not, the second listing took its time,
+    missed the commit and came too late for the small files, and all is listed again. Raises UserError for a damaged
+    commit, OSError where the files never stay.
     """
     folder = partition(results, "scores", category, night)
     before = parquet_names(folder)
@@ -130,7 +131,7 @@ def look(results: Location, category: str, night: str, tables: Sequence[Table] =
         others = {table: parquet_names(partition(results, table, category, night)) for table in tables}
         after = parquet_names(folder)
         try:
-            commits = [read_commit(folder / name) for name in sorted(after) if name.endswith("-commit.parquet")]
+            commits = [read_commit(folder / name) for name in sorted(after) if is_commit(name)]
         except FileNotFoundError:  # the next generation has taken its place
             before = after
             continue
@@ -149,7 +150,7 @@ def look(results: Location, category: str, night: str, tables: Sequence[Table] =
 def compacted_file_with(scores: Location, shard: str) -> Location | None:
     """The commit in a night's folder of scores that holds the shard, if one does."""
     for name in sorted(parquet_names(scores)):
-        if name.endswith("-commit.parquet"):
+        if is_commit(name):
             with suppress(FileNotFoundError):  # a newer one took its place
                 if shard in read_commit(scores / name).shards:
                     return scores / name
@@ -217,6 +218,11 @@ def parquet_names(folder: Location) -> frozenset[str]:
 
 def is_compacted(file: str) -> bool:
     return "@" in file
+
+
+def is_commit(file: str) -> bool:
+    match = _COMPACTED.fullmatch(file)
+    return match is not None and match["part"] == "commit"
 
 
 def generation(file: str) -> int:

@@ -347,8 +347,8 @@ READERS: dict[str, Callable[[Location], Any]] = {
 }
 
 
-def interrupted_at(step: int, patch: pytest.MonkeyPatch, action: Callable[[], None]) -> dict[str, int]:
-    """Runs `action` once, ahead of the reader's access number `step` to the storage; returns the count of accesses."""
+def interrupted_at(step: int, patch: pytest.MonkeyPatch, *actions: Callable[[], None]) -> dict[str, int]:
+    """Runs the actions ahead of the reader's accesses to the storage from number `step` on; returns their count."""
     count = {"accesses": 0, "busy": 0}
     lock = threading.RLock()
 
@@ -357,9 +357,9 @@ def interrupted_at(step: int, patch: pytest.MonkeyPatch, action: Callable[[], No
             with lock:
                 if not count["busy"]:
                     count["accesses"] += 1
-                    if count["accesses"] == step + 1:
+                    if 0 <= count["accesses"] - step - 1 < len(actions):
                         count["busy"] = 1
-                        action()
+                        actions[count["accesses"] - step - 1]()
                         count["busy"] = 0
             return access(location, *arguments, **options)
 
@@ -390,6 +390,48 @@ def test_a_compaction_in_the_middle_of_a_reading_goes_unnoticed(
         assert step >= count["accesses"] or "commit" in str(files(night))
         step += 1
     assert accesses >= 2
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_compaction_killed_in_the_middle_of_a_reading_and_finished_a_moment_later_goes_unnoticed(
+    results: Location, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    expected = READERS[reader](results)
+    count = steps_of(copy(results, "counted"), monkeypatch, target_bytes=SMALL)
+    for kill in range(1, count, 3):
+        for step in range(6):
+            night = copy(results, f"night-{kill}-{step}")
+
+            def start(night: Location = night, kill: int = kill) -> None:
+                with monkeypatch.context() as patch:
+                    Steps(patch, kill=kill)
+                    with pytest.raises(Killed):
+                        compact(night, target_bytes=SMALL)
+
+            def finish(night: Location = night) -> None:
+                compact(night, target_bytes=SMALL)
+
+            with pytest.MonkeyPatch.context() as patch:
+                interrupted_at(step, patch, start, finish)
+                assert READERS[reader](night) == expected, (kill, step)
+
+
+def test_shards_written_in_the_middle_of_a_compaction_keep_all_their_rows(
+    results: Location, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    undisturbed = copy(results, "undisturbed")
+    write(undisturbed, 12)
+    step, accesses = 0, 1
+    while step < accesses:
+        night = copy(results, f"night-{step}")
+        with monkeypatch.context() as patch:
+            count = interrupted_at(step, patch, lambda night=night: write(night, 12))  # type: ignore[misc]
+            compact(night)
+        accesses = max(accesses, count["accesses"])
+        if step < count["accesses"]:
+            assert seen(night) == seen(undisturbed), step
+        step += 1
+    assert accesses > 10
 
 
 def test_a_listing_that_misses_the_compaction_is_repeated(results: Location, monkeypatch: pytest.MonkeyPatch) -> None:
