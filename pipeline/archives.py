@@ -53,6 +53,20 @@ class Archive:
             marks = threads.map(lambda file: f"{file.uri} {file.fingerprint()}", files)
             return replace(self, fingerprint=_digest("\n".join(marks)))
 
+    def size(self) -> int:
+        """Bytes on storage: of the file, or of a folder's files together. What is gone counts nothing."""
+        if self.kind != "folder":
+            return self.location.size()
+
+        def of_file(name: str) -> int:
+            try:
+                return (self.location / name).size()
+            except FileNotFoundError:
+                return 0
+
+        with ThreadPoolExecutor(16) as threads:
+            return sum(threads.map(of_file, member_names(self.location, self.members)))
+
     @property
     def name(self) -> str:
         """Short, stable, safe in file names, and different for different URIs."""
