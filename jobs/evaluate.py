@@ -59,8 +59,9 @@ def main(options: Options) -> int:
     require_writable(results)
     if options.json:
         require_writable(Location.parse(options.json).parent)
-    with ray_session() as resources:
-        found = evaluation.run(plan, resources.scoring_workers(options.actors), ScoringProgress(), options.fpr_limit)
+    sizes = [archive.size() for archive in plan.batch.archives]
+    with ray_session() as resources, ScoringProgress(sizes) as progress:
+        found = evaluation.run(plan, resources.scoring_workers(options.actors), progress, options.fpr_limit)
     show_totals(found.totals)
     console.print(metrics_table(found.metrics))
     for category, reasons in found.reasons.items():
@@ -70,7 +71,7 @@ def main(options: Options) -> int:
         Location.parse(options.json).write_json(found.metrics)
     if found.missing:
         console.print(f"{found.missing} labelled images could not be scored and count in no metric", style="bold red")
-    return OK if found.totals.balanced and not found.totals.errors and not found.missing else PARTIAL_FAILURE
+    return OK if found.totals.fine(plan.batch.max_failure_fraction) and not found.missing else PARTIAL_FAILURE
 
 
 if __name__ == "__main__":

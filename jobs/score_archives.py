@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 
 from pipeline.archives import Archive, find_archives
-from pipeline.batch import BatchPlan, score_archives
+from pipeline.batch import BatchPlan, ShardOutcome, all_committed_shards, score_archives
 from pipeline.command import OK, PARTIAL_FAILURE, console, run
 from pipeline.errors import UserError
 from pipeline.model_store import ModelInfo, model_info
-from pipeline.progress import ScoringProgress, show_totals
+from pipeline.night_lock import LockLostError, hold_night
+from pipeline.progress import ScoringProgress, show_totals, size_text
 from pipeline.ray_session import ray_session
 from pipeline.results import MapFormat
 from pipeline.storage import Location, require_writable
@@ -21,7 +23,7 @@ class Options:
     """Options of score_archives."""
 
     archives: tuple[str, ...]
-    """Tar or zip files, or folders of them or of loose images; local paths or s3:// URIs."""
+    """Tar (.tar, .tar.gz, .tgz, .tar.zst, .tzst) or zip files, or folders of them or of loose images; paths or s3:// URIs."""
     models: str
     """Where train_all stored the models."""
     results: str
@@ -36,8 +38,15 @@ class Options:
     """Images per shard, the unit of work and retry: 1 to 256."""
     actors: int = 0
     """Scoring actors; 0 takes one per GPU, or without GPUs one."""
+    max_failure_fraction: float = 0.1
+    """Exit status 1 when more of a category's images failed than this, 0 to 1; whatever was not scored at all makes it 1
+    anyway. Single broken photographs are everyday and wait in the failures table: at 0 each of them would make a
+    scheduler repeat and report the night. A tenth of a category is a fault of camera, upload or archive, which at 1 would
+    pass for a good night."""
+    wait: bool = False
+    """Wait while another run works on the same night, instead of refusing."""
     dry_run: bool = False
-    """Print the plan and stop."""
+    """Print the plan, with sizes and what is scored already, and stop."""
 
 
 def models_for(archives: list[Archive], models: Location) -> dict[str, ModelInfo]:
@@ -57,6 +66,8 @@ def score(options: Options) -> int:
         raise UserError(f"--actors {options.actors}: choose 1 or more, or 0 to choose by itself")
     if not 1 <= options.shard_images <= 256:
         raise UserError(f"--shard-images {options.shard_images}: choose 1 to 256")
+    if not 0 <= options.max_failure_fraction <= 1:
+        raise UserError(f"--max-failure-fraction {options.max_failure_fraction}: choose 0 to 1")
     results = Location.parse(options.results)
     archives = find_archives(options.archives, category=options.category)
     plan = BatchPlan(
@@ -67,20 +78,47 @@ def score(options: Options) -> int:
         map_format=options.maps,
         shard_images=options.shard_images,
         started=started,
+        max_failure_fraction=options.max_failure_fraction,
     )
-    console.print(f"night {night}: {len(archives)} archives, results to {results}", markup=False)
-    for category, info in plan.models.items():
-        count = sum(archive.category == category for archive in archives)
-        console.print(f"  {category}: {count} archives, model {info.version}", markup=False)
+    sizes = [archive.size() for archive in plan.archives]
+    show_plan(plan, sizes)
     if options.dry_run:
-        for archive in archives:
-            console.print(f"    {archive.kind} {archive.location}", markup=False)
+        show_archives(plan, sizes)
         return OK
     require_writable(results)
-    with ray_session() as resources:
-        totals = score_archives(plan, resources.scoring_workers(options.actors), ScoringProgress())
-    show_totals(totals)
-    return OK if totals.balanced and not totals.errors else PARTIAL_FAILURE
+    try:
+        with (
+            hold_night(results, night, wait=options.wait) as lock,
+            ray_session() as resources,
+            ScoringProgress(sizes) as progress,
+        ):
+
+            def committed(outcome: ShardOutcome) -> None:
+                progress(outcome)
+                lock.check()
+
+            totals = score_archives(plan, resources.scoring_workers(options.actors), committed)
+    except LockLostError as error:
+        console.print(f"stopped: {error}; run the same command again", style="red", markup=False)
+        return PARTIAL_FAILURE
+    show_totals(totals, plan.max_failure_fraction)
+    return OK if totals.fine(plan.max_failure_fraction) else PARTIAL_FAILURE
+
+
+def show_plan(plan: BatchPlan, sizes: Sequence[int]) -> None:
+    """What will be scored by which models."""
+    total = f"{len(plan.archives)} archives, {size_text(sum(sizes))}"
+    console.print(f"night {plan.night}: {total}, results to {plan.results}", markup=False)
+    for category, info in plan.models.items():
+        own = [size for archive, size in zip(plan.archives, sizes, strict=True) if archive.category == category]
+        console.print(f"  {category}: {len(own)} archives, {size_text(sum(own))}, model {info.version}", markup=False)
+
+
+def show_archives(plan: BatchPlan, sizes: Sequence[int]) -> None:
+    """Every archive with its size and how many of its shards are scored already."""
+    for archive, size, done in zip(plan.archives, sizes, all_committed_shards(plan), strict=True):
+        scored = f", {len(done)} shards scored already" if done else ""
+        console.print(f"    {archive.kind} {archive.location}: {size_text(size)}{scored}", markup=False)
 
 
 if __name__ == "__main__":

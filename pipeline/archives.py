@@ -61,6 +61,12 @@ class Archive:
         ]
         return replace(self, fingerprint=_digest("\n".join(marks)))
 
+    def size(self) -> int:
+        """Bytes of the file, or of a folder's files that are there."""
+        if self.kind != "folder":
+            return self.location.size()
+        return sum(info.size for _, info in folder_files(self.location, self.members) if info)
+
     @property
     def name(self) -> str:
         """Short, stable, safe in file names, and different for different URIs."""

@@ -15,8 +15,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,13 @@ from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from pipeline.archives import Archive, Failure, image_id, read_shards, read_units, shard_name
 from pipeline.errors import UserError
 from pipeline.images import ImageError, decode, resize
-from pipeline.model_store import ModelInfo, load_scorer, package_versions
+from pipeline.model_store import ModelInfo, load_scorer
 from pipeline.results import FailureRow, MapFormat, Region, ScoreRow, finished_shards, write_run, write_shard
+from pipeline.run_record import run_record
 from pipeline.scoring import Scorer, find_regions
 from pipeline.storage import Location
 from pipeline.storage_errors import STORAGE_ERRORS
+from pipeline.telemetry import ScoringTelemetry
 
 LISTING_TASKS = 4
 """At once. A directory of 100 000 members is listed in a second or two, and is work for many readers."""
@@ -53,6 +55,8 @@ class BatchPlan:
     shard_images: int
     started: datetime
     """The run's time, written as every row's `scored_at`."""
+    max_failure_fraction: float = 1.0
+    """More failed images of a category than this, 0 to 1, make the run's exit status 1."""
 
     def suffix(self, archive: Archive) -> str:
         """The part of a shard's file name that says what it was made of: content of the archive, shard size and model.
@@ -91,6 +95,12 @@ class ShardOutcome:
     """Shards that an earlier run had finished; only on an archive's own row."""
     error: str = ""
     """Why the shard, or the rest of the archive, could not be scored at all; the next run tries again."""
+    category: str = ""
+    """Of the archive."""
+    bytes: int = 0
+    """Encoded bytes of the shard's images."""
+    failures: str = "{}"
+    """How many images failed by error code, as JSON: a dictionary would change its type from row to row."""
 
 
 def list_archive(row: dict[str, Any], plan: BatchPlan) -> Iterator[dict[str, Any]]:
@@ -162,16 +172,25 @@ def _storage_error(archive: Archive, error: Exception) -> str:
 
 def committed_shards(plan: BatchPlan, archive: Archive) -> list[str]:
     """Names of the archive's shards that the plan's model has scored, in this run or an earlier one; sorted."""
-    done = finished_shards(plan.results, category=archive.category, night=plan.night)
+    return _own_shards(plan, archive, finished_shards(plan.results, category=archive.category, night=plan.night))
+
+
+def all_committed_shards(plan: BatchPlan) -> list[list[str]]:
+    """The same of every archive, in their order; the results of a category are listed once."""
+    done = {c: finished_shards(plan.results, category=c, night=plan.night) for c in plan.models}
+    return [_own_shards(plan, archive, done[archive.category]) for archive in plan.archives]
+
+
+def _own_shards(plan: BatchPlan, archive: Archive, finished: set[str]) -> list[str]:
     suffix = plan.suffix(archive)
-    return sorted(name for name in done if name.startswith(f"{archive.name}-") and name.endswith(suffix))
+    return sorted(name for name in finished if name.startswith(f"{archive.name}-") and name.endswith(suffix))
 
 
 def decode_shard(row: dict[str, Any], plan: BatchPlan) -> dict[str, Any]:
     """Stage 3, encoded images -> one block of uint8 photographs at the model's map size; what fails joins the failures."""
     decoded = {"archive": row["archive"], "shard": row["shard"], "error": row["error"]}
     if row["error"] or not row["shard"]:
-        return decoded | {"names": [], "sizes": b"", "images": b"", "failures": row["failures"]}
+        return decoded | {"names": [], "sizes": b"", "images": b"", "bytes": 0, "failures": row["failures"]}
     size = plan.models[plan.archives[row["archive"]].category].config.scoring.map_size
 
     def one(data: bytes, failure: dict[str, str] | None) -> tuple[np.ndarray, tuple[int, int]] | Failure:
@@ -191,6 +210,7 @@ def decode_shard(row: dict[str, Any], plan: BatchPlan) -> dict[str, Any]:
         "names": [name for name, _ in good],
         "sizes": np.array([size for _, (_, size) in good], np.int32).tobytes(),
         "images": b"".join(image.tobytes() for _, (image, _) in good),
+        "bytes": sum(map(len, row["data"])),
         "failures": json.dumps([(name, asdict(failure)) for name, failure in bad]),
     }
 
@@ -203,24 +223,36 @@ class ScoringActor:
         self.plan = plan
         self.device = "cuda" if workers.gpus_per_actor > 0 else "cpu"
         self.scorers: dict[str, Scorer] = {}
+        self.telemetry = ScoringTelemetry()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """One shard's outcome as a row."""
+        clock = time.monotonic()
+        category = self.plan.archives[row["archive"]].category
         if not row["shard"]:
             members, shards, skipped = json.loads(row["failures"])
             return asdict(
-                ShardOutcome(row["archive"], None, members, shards=shards, skipped=skipped, error=row["error"])
+                ShardOutcome(
+                    *(row["archive"], None, members),
+                    shards=shards,
+                    skipped=skipped,
+                    error=row["error"],
+                    category=category,
+                )
             )
         if row["error"]:
-            return asdict(ShardOutcome(row["archive"], row["shard"], members=0, error=row["error"]))
+            return asdict(ShardOutcome(row["archive"], row["shard"], members=0, error=row["error"], category=category))
         failures = [(name, Failure(**failure)) for name, failure in json.loads(row["failures"])]
-        members = len(row["names"]) + len(failures)
+        outcome = ShardOutcome(row["archive"], row["shard"], len(row["names"]) + len(failures), category=category)
         try:
             anomalous = self._score(row, failures)
         except (UserError, *STORAGE_ERRORS) as error:
-            reason = " ".join(str(error).split())
-            return asdict(ShardOutcome(row["archive"], row["shard"], members, error=reason))
-        return asdict(ShardOutcome(row["archive"], row["shard"], members, len(row["names"]), len(failures), anomalous))
+            return asdict(replace(outcome, error=" ".join(str(error).split())))
+        scored, read, codes = len(row["names"]), row["bytes"], Counter(failure.error for _, failure in failures)
+        seconds = time.monotonic() - clock
+        self.telemetry.shard(category, scored=scored, anomalous=anomalous, failed=codes, read=read, seconds=seconds)
+        counts = {"scored": scored, "failed": len(failures), "anomalous": anomalous, "bytes": read}
+        return asdict(replace(outcome, **counts, failures=json.dumps(codes)))
 
     def _scorer(self, category: str) -> Scorer:
         if category not in self.scorers:
@@ -313,11 +345,25 @@ class Totals:
     """Of which not every image was scored or failed, or of which nothing was heard."""
     skipped_shards: int
     errors: tuple[str, ...]
+    bytes: int
+    """Encoded bytes of the images that were scored or failed."""
+    failures: dict[str, int]
+    """Failed images by error code."""
+    failed_fractions: dict[str, float]
+    """Failed images of all images, by category: 0 to 1."""
+    not_scored: tuple[ShardOutcome, ...]
+    """What has an error: shards, or with shard None what is left of an archive."""
 
     @property
     def balanced(self) -> bool:
         """Whether every image of every archive was scored or has a failures row."""
         return self.unbalanced_archives == 0 and self.lost_shards == 0
+
+    def fine(self, max_failure_fraction: float) -> bool:
+        """Whether all was scored, but for no more than this fraction of any category's images."""
+        return (
+            self.balanced and not self.errors and max(self.failed_fractions.values(), default=0) <= max_failure_fraction
+        )
 
 
 def total(outcomes: list[ShardOutcome], archives: int) -> Totals:
@@ -325,9 +371,13 @@ def total(outcomes: list[ShardOutcome], archives: int) -> Totals:
     heads = [outcome for outcome in outcomes if outcome.shard is None]
     shards = [outcome for outcome in outcomes if outcome.shard is not None]
     members = {head.archive: head.members for head in heads}
-    done = Counter[int]()
+    done, failures = Counter[int](), Counter[str]()
+    failed, images = Counter[str](), Counter[str]()
     for outcome in shards:
         done[outcome.archive] += outcome.scored + outcome.failed
+        failures.update(json.loads(outcome.failures))
+        failed[outcome.category] += outcome.failed
+        images[outcome.category] += outcome.scored + outcome.failed
     return Totals(
         images=sum(members.values()),
         scored=sum(outcome.scored for outcome in shards),
@@ -338,22 +388,11 @@ def total(outcomes: list[ShardOutcome], archives: int) -> Totals:
         unbalanced_archives=sum(members.get(archive) != done[archive] for archive in range(archives)),
         skipped_shards=sum(head.skipped for head in heads),
         errors=tuple(sorted({outcome.error for outcome in outcomes if outcome.error})),
+        bytes=sum(outcome.bytes for outcome in shards),
+        failures=dict(failures.most_common()),
+        failed_fractions={category: failed[category] / count for category, count in sorted(images.items()) if count},
+        not_scored=tuple(outcome for outcome in outcomes if outcome.error),
     )
-
-
-def run_record(plan: BatchPlan, totals: Totals, seconds: float) -> dict[str, Any]:
-    """What runs/<run>.json holds."""
-    return {
-        "night": plan.night,
-        "archives": [asdict(archive) | {"location": archive.location.uri} for archive in plan.archives],
-        "models": {category: info.version for category, info in sorted(plan.models.items())},
-        "configs": {c: info.config.model_dump(mode="json") for c, info in sorted(plan.models.items())},
-        "counts": asdict(totals),
-        "maps": plan.map_format,
-        "packages": package_versions(),
-        "started": plan.started.astimezone(UTC).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 1),
-    }
 
 
 def score_archives(plan: BatchPlan, workers: Workers, progress: Callable[[ShardOutcome], None]) -> Totals:
@@ -364,7 +403,7 @@ def score_archives(plan: BatchPlan, workers: Workers, progress: Callable[[ShardO
     context.target_max_block_size = 1
     shards = (
         ray.data.from_items(
-            [{"archive": i, "committed": committed_shards(plan, archive)} for i, archive in enumerate(plan.archives)],
+            [{"archive": i, "committed": committed} for i, committed in enumerate(all_committed_shards(plan))],
             override_num_blocks=len(plan.archives),
         )
         # Stages that ask for the same share of a CPU become one task, and the units would stay with one reader.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.live import Live
@@ -31,8 +32,8 @@ def training_table(rows: list[Progress], title: str) -> Table:
             row.state,
             f"{row.step}/{row.iterations}",
             *losses,
-            _minutes(row.seconds),
-            _minutes(left) if row.state == "running" else "",
+            duration_text(row.seconds),
+            duration_text(left) if row.state == "running" else "",
             ", ".join(sorted({found["version"] for found in row.found.values()})) or row.reason or "",
         )
     return table
@@ -54,7 +55,7 @@ def show_training(snapshots: Iterable[list[Progress]]) -> list[Progress]:
                 shown, states = time.monotonic(), now
                 for row in rows:
                     if row.state == "running":
-                        console.print(f"{row.name}: step {row.step}/{row.iterations} {_minutes(row.seconds)}")
+                        console.print(f"{row.name}: step {row.step}/{row.iterations} {duration_text(row.seconds)}")
     console.print(training_table(rows, "trained"))
     return rows
 
@@ -75,29 +76,95 @@ def model_line(category: str, found: Mapping[str, Any], chosen: Mapping[str, Any
     )
 
 
-class ScoringProgress:
-    """Counts images as shards commit, and says so at most every few seconds."""
+@dataclass
+class _ArchiveProgress:
+    """How far one archive is."""
 
-    def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.shown = self.started
-        self.scored = self.failed = self.anomalous = 0
+    size: int
+    """Bytes on storage."""
+    read: int = 0
+    """Bytes of images that are scored or failed."""
+    shards: int = 0
+    expected: int | None = None
+    """Shards to score; None until the reader has said."""
+    skipped: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.expected is not None and self.shards >= self.expected
+
+    @property
+    def worked(self) -> int:
+        """Bytes of the archive that this run has gone through: an estimate, until it is done."""
+        return self.size if self.done and not self.skipped else min(self.read, self.size)
+
+    @property
+    def left(self) -> int:
+        """Bytes still to go through; too many where an earlier run has scored a part."""
+        return 0 if self.done else self.size - min(self.read, self.size)
+
+
+class ScoringProgress:
+    """Counts a scoring run and shows it: a live line on a terminal, otherwise a line now and then that suits a log.
+
+    Used as a context manager around the run and called with every outcome. `sizes` are the archives' bytes on storage,
+    in the order of the plan; the time left follows from them and from what has been gone through so far.
+    """
+
+    def __init__(self, sizes: Sequence[int], clock: Callable[[], float] = time.monotonic) -> None:
+        self.scored = self.failed = self.anomalous = self.bytes = 0
+        self._archives = [_ArchiveProgress(size) for size in sizes]
+        self._clock = clock
+        self._started = self._shown = clock()
+        self._live = Live(console=console, get_renderable=self.line, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> ScoringProgress:
+        self._started = self._shown = self._clock()
+        if console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
 
     def __call__(self, outcome: ShardOutcome) -> None:
-        """Take one more shard into account."""
+        """Take one more shard, or one more archive's totals, into account."""
         self.scored += outcome.scored
         self.failed += outcome.failed
         self.anomalous += outcome.anomalous
-        now = time.monotonic()
-        if now - self.shown > (2 if console.is_terminal else LOG_EVERY):
-            self.shown = now
-            rate = (self.scored + self.failed) / (now - self.started)
-            console.print(
-                f"{self.scored} scored ({self.anomalous} anomalous), {self.failed} failed, {rate:.1f} images/s"
-            )
+        self.bytes += outcome.bytes
+        archive = self._archives[outcome.archive]
+        if outcome.shard is None:
+            archive.expected, archive.skipped = outcome.shards, outcome.skipped
+        else:
+            archive.read += outcome.bytes
+            archive.shards += 1
+        now = self._clock()
+        if not console.is_terminal and now - self._shown >= LOG_EVERY:
+            self._shown = now
+            console.print(self.line(), markup=False)
+
+    def line(self) -> str:
+        """Where the run stands."""
+        seconds = self._clock() - self._started
+        images = self.scored + self.failed
+        done = sum(archive.done for archive in self._archives)
+        left = self.seconds_left()
+        return (
+            f"{done}/{len(self._archives)} archives, {self.scored} scored ({self.anomalous} anomalous), "
+            f"{self.failed} failed, {images / seconds if seconds > 0 else 0:.1f} images/s, {size_text(self.bytes)} read, "
+            f"{duration_text(seconds)}{'' if left is None else f', about {duration_text(left)} left'}"
+        )
+
+    def seconds_left(self) -> float | None:
+        """An estimate; None while there is nothing to go by."""
+        worked = sum(archive.worked for archive in self._archives)
+        if not worked:
+            return None
+        return (self._clock() - self._started) * sum(archive.left for archive in self._archives) / worked
 
 
-def show_totals(totals: Totals) -> None:
+def show_totals(totals: Totals, max_failure_fraction: float = 1.0) -> None:
     """The balance of a scoring run, and what went wrong."""
     if totals.skipped_shards and not totals.shards and not totals.errors:
         console.print(f"nothing to do: all {totals.skipped_shards} shards were scored before")
@@ -105,12 +172,37 @@ def show_totals(totals: Totals) -> None:
     skipped = f", {totals.skipped_shards} shards were scored before" if totals.skipped_shards else ""
     console.print(
         f"{totals.images} images in = {totals.scored} scored ({totals.anomalous} anomalous) + {totals.failed} failed; "
-        f"{totals.shards} shards written{skipped}"
+        f"{totals.shards} shards written, {size_text(totals.bytes)} read{skipped}"
     )
+    if totals.failures:
+        codes = ", ".join(f"{count} {error}" for error, count in totals.failures.items())
+        console.print(f"failed: {codes}; see the failures table", markup=False)
+    for category, fraction in totals.failed_fractions.items():
+        if fraction > max_failure_fraction:
+            console.print(
+                f"{category}: {100 * fraction:.1f} % of the images failed, "
+                f"--max-failure-fraction allows {100 * max_failure_fraction:g} %",
+                style="red",
+                markup=False,
+            )
     for error in totals.errors:
         console.print(f"not scored: {error}", style="red", markup=False)
     if not totals.balanced:
         console.print("some images are neither scored nor failed: run the same command again", style="bold red")
+
+
+def size_text(size: int) -> str:
+    """Bytes for people: 999 B, 1.2 MiB."""
+    amount, units = float(size), ["B", "KiB", "MiB", "GiB"]
+    while amount >= 1024 and len(units) > 1:
+        amount, units = amount / 1024, units[1:]
+    return f"{size} B" if units[0] == "B" else f"{amount:.1f} {units[0]}"
+
+
+def duration_text(seconds: float) -> str:
+    """M:SS, from an hour on H:MM:SS."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def metrics_table(found: Mapping[str, Any]) -> Table:
@@ -129,7 +221,3 @@ def _metric(name: str, value: float | None) -> str:
     if value is None:
         return "-"
     return str(value) if name in ("images", "regions") else f"{100 * value:.1f}"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -2,19 +2,18 @@
 
     RESULTS/{scores,maps,failures}/category=C/night=D/<shard>.parquet        RESULTS/runs/<run>.json
 
-A shard's scores file is written last: it commits the shard, and readers here look at committed shards only.
+A shard's scores file is written last: it commits the shard, and readers here look at committed shards only. Shards of
+old nights are compacted into larger files (see night_files.py); readers here see the same rows in the same order
+before, after and meanwhile.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any
-from urllib.parse import quote, unquote
 
 import numpy as np
 import pyarrow as pa
@@ -23,10 +22,11 @@ from numpy.typing import NDArray
 
 from pipeline.errors import UserError
 from pipeline.map_tables import MapFormat, maps_of, maps_table
+from pipeline.night_files import compacted_file_with, file_name, look, partition
+from pipeline.night_reading import iter_rows, read_table
 from pipeline.storage import Location
 
 MAPS_PER_ROW_GROUP = 128
-READ_THREADS = 16  # reading many small files waits for the storage, not for the CPU
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ FAILURES_SCHEMA = pa.schema([(field.name, pa.string()) for field in fields(Failu
 
 
 def table_file(results: Location, table: str, category: str, night: str, shard: str) -> Location:
-    """The file of one shard in one table: "scores", "maps" or "failures". Any text may name the parts."""
-    return _folder(results, table, category, night) / f"{_file_name(shard)}.parquet"
+    """The file that one shard is written to in one table: "scores", "maps" or "failures". Any text may name the parts."""
+    return partition(results, table, category, night) / f"{file_name(shard)}.parquet"
 
 
 def write_shard(
@@ -117,7 +117,8 @@ def write_shard(
 
     maps_nhw: (N, H, W) in the order of `scores`, finite and within float16's range (+-65504), or None.
     Maps and failures are written only where there are any. Until the last step, the scores file, the shard
-    does not count as finished. Raises ValueError for maps that do not fit and times without a zone.
+    does not count as finished. Raises ValueError for maps that do not fit and times without a zone, UserError for a
+    shard inside a compacted file: it is finished, and small files of it would not count.
     """
     # Encoded before anything is touched, so that input that does not fit leaves the storage as it was.
     if any(row.scored_at.tzinfo is None for row in scores):
@@ -131,6 +132,10 @@ def write_shard(
         maps_data = _parquet(maps_table([row.image_id for row in scores], maps_nhw, map_format))
 
     commit = table_file(results, "scores", category, night, shard)
+    if compacted := compacted_file_with(commit.parent, shard):
+        raise UserError(
+            f"shard {shard} is finished, inside {compacted}: leave it, or remove that file to score all in it anew"
+        )
     commit.remove()  # writing a finished shard anew: it is not finished while its files belong to two tries
     for table, data in (("maps", maps_data), ("failures", failures_data)):
         file = table_file(results, table, category, night, shard)
@@ -142,8 +147,8 @@ def write_shard(
 
 
 def finished_shards(results: Location, *, category: str, night: str) -> set[str]:
-    """Names of the shards whose scores are written, and with them everything else."""
-    return {_shard_name(file) for file in _parquet_files(_folder(results, "scores", category, night))}
+    """Names of the shards whose scores are written, and with them everything else; compacted or not."""
+    return set(look(results, category, night).shards)
 
 
 def read_scores(results: Location, *, category: str | None = None, night: str | None = None) -> pa.Table:
@@ -151,12 +156,12 @@ def read_scores(results: Location, *, category: str | None = None, night: str | 
 
     Ordered by category, night, shard. Without results: no rows. Raises UserError for a damaged file.
     """
-    return _read("scores", SCORES_SCHEMA, results, category, night)
+    return read_table("scores", SCORES_SCHEMA, results, category, night)
 
 
 def read_failures(results: Location, *, category: str | None = None, night: str | None = None) -> pa.Table:
     """All failures of finished shards: FAILURES_SCHEMA and then `category` and `night`; see read_scores."""
-    return _read("failures", FAILURES_SCHEMA, results, category, night)
+    return read_table("failures", FAILURES_SCHEMA, results, category, night)
 
 
 def iter_maps(
@@ -167,51 +172,13 @@ def iter_maps(
     Yields (image ids, (n, H, W) float16); the array may be read-only. uint8 maps come back within
     (hi - lo) / 510 of what was written, plus float16's rounding. Raises UserError for a damaged file.
     """
-    finished = finished_shards(results, category=category, night=night)
-    for file in _parquet_files(_folder(results, "maps", category, night)):
-        if _shard_name(file) in finished and shard in (None, _shard_name(file)):
-            yield from _read_maps(file)
+    for _, rows in iter_rows("maps", results, category, night, shard):
+        yield rows["image_id"].to_pylist(), maps_of(rows)
 
 
 def write_run(results: Location, run: str, record: dict[str, Any]) -> None:
     """Write runs/<run>.json, the last file of a run: its inputs, counts, versions and configuration."""
-    (results / "runs" / f"{_file_name(run)}.json").write_json(record)
-
-
-def _folder(results: Location, table: str, category: str, night: str) -> Location:
-    """The partition's folder, its values percent-encoded as Arrow's and DuckDB's Hive readers decode them."""
-    if not category or not night:
-        raise UserError("results need a category and a night: give both a name")
-    return results / table / f"category={_encoded(category)}" / f"night={_encoded(night)}"
-
-
-def _encoded(name: str) -> str:
-    # Python keeps bytes of a local name that are no UTF-8 as surrogates; they become those bytes again.
-    return quote(name, safe="", errors="surrogateescape")
-
-
-def _decoded(name: str) -> str:
-    return unquote(name, errors="surrogateescape")
-
-
-def _partitions(folder: Location, key: str) -> list[tuple[str, Location]]:
-    """(value, sub-folder) of the sub-folders named key=value; others are not ours."""
-    named = [(part.name.partition("="), part) for part in folder.folders()]
-    return [(_decoded(value), part) for (name, _, value), part in named if name == key and value]
-
-
-def _file_name(name: str) -> str:
-    """Percent-encoded; a leading dot or underscore too, since Arrow and Spark skip files named like that."""
-    encoded = _encoded(name)
-    return f"%{ord(encoded[0]):02X}{encoded[1:]}" if encoded[:1] in (".", "_") else encoded
-
-
-def _shard_name(file: Location) -> str:
-    return _decoded(file.name.removesuffix(".parquet"))
-
-
-def _parquet_files(folder: Location) -> list[Location]:
-    return [file for file in folder.files() if file.name.endswith(".parquet")]
+    (results / "runs" / f"{file_name(run)}.json").write_json(record)
 
 
 def _parquet(table: pa.Table) -> bytes:
@@ -228,64 +195,3 @@ def _rows_table(rows: Sequence[ScoreRow] | Sequence[FailureRow], schema: pa.Sche
 def _storable(value: Any) -> Any:
     """Text without the surrogates that file names may hold and Parquet's UTF-8 cannot."""
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
-
-
-def _shards(results: Location, table: str, category: str | None, night: str | None) -> list[tuple[str, str, str]]:
-    """(category, night, shard) of every file of the table, ordered by its path."""
-    return [
-        (of_category, of_night, _shard_name(file))
-        for of_category, nights in _partitions(results / table, "category")
-        if category in (None, of_category)
-        for of_night, folder in _partitions(nights, "night")
-        if night in (None, of_night)
-        for file in _parquet_files(folder)
-    ]
-
-
-def _read(table: str, schema: pa.Schema, results: Location, category: str | None, night: str | None) -> pa.Table:
-    """All files of finished shards in one table, with their partition as two more columns."""
-    finished = _shards(results, "scores", category, night)
-    if table != "scores":
-        written = set(_shards(results, table, category, night))
-        finished = [part for part in finished if part in written]
-
-    def read(part: tuple[str, str, str]) -> pa.Table | None:
-        of_category, of_night, _ = part
-        file = table_file(results, table, *part)
-        try:
-            data = file.read_bytes()
-        except FileNotFoundError:  # the shard is being written anew
-            return None
-        with _damage_named(file):
-            rows = pq.read_table(pa.BufferReader(data), schema=schema)
-        for name, value in (("category", of_category), ("night", of_night)):
-            rows = rows.append_column(name, pa.repeat(pa.scalar(value), len(rows)))
-        return rows
-
-    with ThreadPoolExecutor(READ_THREADS) as threads:
-        tables = [rows for rows in threads.map(read, finished) if rows is not None]
-    whole = pa.schema([*schema, ("category", pa.string()), ("night", pa.string())])
-    return pa.concat_tables([whole.empty_table(), *tables])
-
-
-def _read_maps(file: Location) -> Iterator[tuple[list[str], NDArray[np.float16]]]:
-    data = pa.BufferReader(file.read_bytes())
-    with _damage_named(file):
-        parquet = pq.ParquetFile(data)
-    for number in range(parquet.num_row_groups):
-        with _damage_named(file):
-            rows = parquet.read_row_group(number).combine_chunks()
-        yield rows["image_id"].to_pylist(), maps_of(rows)
-
-
-@contextmanager
-def _damage_named(file: Location) -> Iterator[None]:
-    """Turns Arrow's errors over bytes that are no such table into a UserError that names the file."""
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:  # Arrow raises a bare OSError for broken pages
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{file} is not a readable results file ({reason}): "
-            "remove the file of this name under scores/ and run the night again"
-        ) from error

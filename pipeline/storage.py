@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
@@ -136,6 +137,14 @@ class Location:
             return Path(self.uri).stat().st_size
         filesystem, path = _filesystem(self.uri)
         return int(filesystem.info(path)["size"])
+
+    def modified(self) -> datetime:
+        """When the file was last written, by the storage's clock; with its time zone."""
+        if self.is_local:
+            return datetime.fromtimestamp(Path(self.uri).stat().st_mtime, UTC)
+        filesystem, path = _filesystem(self.uri)
+        when: datetime = filesystem.modified(path)
+        return when if when.tzinfo else when.replace(tzinfo=UTC)
 
     def fingerprint(self) -> str:
         """A text that changes when the content may have: the ETag on S3, size and mtime (ns) elsewhere."""

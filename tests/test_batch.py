@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
+from ray.util.metrics import Counter
 
 from pipeline.archives import Archive
 from pipeline.batch import (
@@ -21,6 +22,8 @@ from pipeline.batch import (
     ShardOutcome,
     Workers,
     _on_photograph,
+    all_committed_shards,
+    committed_shards,
     decode_shard,
     list_archive,
     read_unit,
@@ -31,8 +34,10 @@ from pipeline.errors import UserError
 from pipeline.images import encode_png
 from pipeline.model_store import ModelInfo
 from pipeline.ray_session import Resources
+from pipeline.run_record import run_record
 from pipeline.scoring import Region
 from pipeline.storage import Location
+from pipeline.telemetry import ScoringTelemetry
 
 
 @pytest.fixture
@@ -57,10 +62,10 @@ def plan(tmp_path: Path, tiny: Config) -> BatchPlan:
     )
 
 
-def read(plan: BatchPlan, committed: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The rows of the first archive's shards and totals, as the two reading stages give them."""
-    units = list_archive({"archive": 0, "committed": list(committed)}, plan)
-    return [row for unit in units for row in read_unit(unit, plan)]
+def read(plan: BatchPlan, committed: Sequence[str] = (), archive: int = 0) -> list[dict[str, Any]]:
+    """What both reading stages give for one archive of the plan."""
+    row = {"archive": archive, "committed": list(committed)}
+    return [shard for unit in list_archive(row, plan) for shard in read_unit(unit, plan)]
 
 
 @pytest.fixture(params=["folder", "zip", "tar"])
@@ -171,6 +176,124 @@ def test_a_lost_shard_or_archive_is_noticed_even_where_the_sums_agree() -> None:
     assert total([done, head, other, dataclasses.replace(head, archive=1)], 2).balanced
     swapped = [dataclasses.replace(head, members=1), dataclasses.replace(head, archive=1, members=3)]
     assert total([done, other, *swapped], 2).unbalanced_archives == 2
+
+
+def outcomes_of_a_night(failed: int = 0, error: str = "") -> list[ShardOutcome]:
+    """Ten images of cloth, of which some failed as truncated, and two shards of felt, one of them perhaps not scored."""
+    codes = json.dumps({"truncated": failed} if failed else {})
+    return [
+        ShardOutcome(0, "a", 10, 10 - failed, failed, 3, category="cloth", bytes=1000, failures=codes),
+        ShardOutcome(1, "b", 90, 90, category="felt", bytes=9000),
+        ShardOutcome(1, "c", 4, 0 if error else 4, category="felt", bytes=0 if error else 400, error=error),
+        ShardOutcome(0, None, 10, shards=1, category="cloth"),
+        ShardOutcome(1, None, 94, shards=2, category="felt"),
+    ]
+
+
+def test_a_night_is_fine_up_to_the_fraction_of_failures_in_each_category() -> None:
+    assert total(outcomes_of_a_night(), 2).fine(0.0)
+    some = total(outcomes_of_a_night(failed=2), 2)
+    assert (some.failures, some.failed_fractions) == ({"truncated": 2}, {"cloth": 0.2, "felt": 0.0})
+    assert some.fine(0.2)
+    assert not some.fine(0.19), "two of all 104 images are few, but a fifth of the cloth is not"
+    assert not total(outcomes_of_a_night(error="the disk is full"), 2).fine(1.0)
+    assert total([], 0).fine(0.0)
+
+
+def test_the_run_record_says_what_failed_what_was_not_scored_and_how_it_ended(plan: BatchPlan) -> None:
+    (archive,) = plan.archives
+    two = dataclasses.replace(plan, archives=(archive, archive), max_failure_fraction=0.5)
+    record = json.loads(json.dumps(run_record(two, total(outcomes_of_a_night(2, error="the disk is full"), 2), 20.0)))
+    assert record["counts"] == {
+        "images": 104,
+        "scored": 98,
+        "failed": 2,
+        "anomalous": 3,
+        "shards": 2,
+        "lost_shards": 0,
+        "unbalanced_archives": 1,
+        "skipped_shards": 0,
+        "bytes": 10000,
+    }
+    assert record["failures"] == {"truncated": 2}
+    assert record["not_scored"] == [{"archive": archive.location.uri, "shard": "c", "error": "the disk is full"}]
+    assert (record["exit_status"], record["images_per_second"], record["seconds"]) == (1, 5.0, 20.0)
+    assert record["started"] < record["finished"]
+    assert run_record(two, total(outcomes_of_a_night(2), 2), 0.0)["exit_status"] == 0
+
+
+def test_a_scored_shard_reports_its_bytes_and_failures(plan: BatchPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [decode_shard(row, plan) for row in read(plan)]
+    actor = ScoringActor(plan, Workers(1, 1, 1.0, 0.0))
+    counted: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr(actor, "_score", lambda row, failures: 1)
+    monkeypatch.setattr(actor.telemetry, "shard", lambda category, **counts: counted.append((category, counts)))
+    outcomes = [ShardOutcome(**actor(row)) for row in rows]
+    files = sorted(Path(plan.archives[0].location.uri).iterdir())
+    assert [outcome.bytes for outcome in outcomes] == [
+        *(sum(file.stat().st_size for file in files[i : i + 2]) for i in (0, 2, 4)),
+        0,
+    ]
+    assert {outcome.category for outcome in outcomes} == {"cloth"}
+    assert json.loads(outcomes[2].failures) == {"not_an_image": 1}
+    assert [(category, counts["failed"], counts["read"]) for category, counts in counted] == [
+        ("cloth", {}, outcomes[0].bytes),
+        ("cloth", {}, outcomes[1].bytes),
+        ("cloth", {"not_an_image": 1}, outcomes[2].bytes),
+    ]
+
+    def full(row: object, failures: object) -> int:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(actor, "_score", full)
+    refused = ShardOutcome(**actor(rows[0]))
+    assert (refused.error, refused.scored, refused.bytes, refused.members) == ("the disk is full", 0, 0, 2)
+    assert len(counted) == 3
+
+
+def test_metrics_that_fail_stop_and_the_scoring_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    counts = {"scored": 3, "anomalous": 0, "failed": {"truncated": 1}, "read": 100, "seconds": 0.5}
+    telemetry = ScoringTelemetry()
+    telemetry.shard("cloth", **counts)
+    assert not caplog.records
+
+    def gone(*arguments: object) -> None:
+        raise RuntimeError("no agent")
+
+    monkeypatch.setattr(Counter, "inc", gone)
+    telemetry.shard("cloth", **counts)
+    telemetry.shard("cloth", **counts)
+    assert [record.message for record in caplog.records] == ["metrics are off: they could not be recorded"]
+
+
+def test_committed_shards_of_all_archives_are_those_of_each(plan: BatchPlan) -> None:
+    folder = Path(plan.archives[0].location.uri).parent / "more" / "cloth"
+    folder.mkdir(parents=True)
+    (folder / "0.png").write_bytes(encode_png(np.zeros((40, 50, 3), np.uint8)))
+    more = Archive(Location.parse(folder), "folder", "cloth").fingerprinted()
+    two = dataclasses.replace(plan, archives=(*plan.archives, more))
+    assert all_committed_shards(two) == [[], []]
+    for number in (0, 1):
+        for row in read(two, archive=number)[:2]:
+            if row["shard"]:
+                commit = two.results / "scores/category=cloth/night=2026-01-31" / f"{row['shard']}.parquet"
+                commit.write_bytes(b"")
+    found = all_committed_shards(two)
+    assert [len(names) for names in found] == [2, 1]
+    assert found == [committed_shards(two, archive) for archive in two.archives]
+
+
+def test_the_size_of_an_archive_is_that_of_its_files(plan: BatchPlan, tmp_path: Path) -> None:
+    (archive,) = plan.archives
+    files = list(Path(archive.location.uri).iterdir())
+    assert archive.size() == sum(file.stat().st_size for file in files)
+    assert (
+        dataclasses.replace(archive, members=("0.png", "gone.png")).size() == (tmp_path / "cloth/0.png").stat().st_size
+    )
+    (tmp_path / "night.tar").write_bytes(b"12345")
+    assert Archive(Location.parse(tmp_path / "night.tar"), "tar", "cloth").size() == 5
 
 
 def test_regions_stay_on_the_photograph() -> None:
