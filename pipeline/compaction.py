@@ -5,11 +5,12 @@ the small files are removed, scores first. Killed anywhere before the commit, no
 the next compaction writes the same names again; killed after it, the next one finishes the removal. At no moment does a
 reader of this package see a row twice or miss one, and `finished_shards` knows the same shards before and after.
 
-Any other reader that globs ``*.parquet`` sees every row at every moment, but some of them twice: maps and failures from
-the writing of their new file until the small ones are removed at the end, scores for the seconds between the commit and
-the removal, which is why theirs go first. After a kill it sees them twice until the next compaction of the night. It
-should keep one row of each image_id and model_version, or read while no compaction runs. If it lists the files before
-the removal and opens them after it, it fails with "no such file" and has to start again.
+Any other reader that globs ``*.parquet`` sees every row, but some of them twice: maps and failures from the writing of
+their new file until the small ones are removed at the end, scores for the seconds between the commit and the removal,
+which is why theirs go first. After a kill that lasts until the next compaction of the night, or, where shards were added
+in between, until the next one a day later. It may drop rows that are equal, or read while no compaction runs. Where it
+lists the files before the removal and opens them after it, it fails with "no such file"; only a listing in several pages
+that goes on during commit and removal can miss rows without a word.
 
 Run one compaction of a night at a time. Two at once lose nothing, since the files of each are complete in themselves,
 but both do the work and one may stop with an error.

@@ -4,7 +4,7 @@ As Prometheus sees them, each tagged with the category:
 
     ray_defectmap_images_scored_total       ray_defectmap_images_anomalous_total     ray_defectmap_image_bytes_read_total
     ray_defectmap_images_failed_total       tagged with the error code too
-    ray_defectmap_shard_seconds             histogram: scoring and writing one shard
+    ray_defectmap_shard_seconds             histogram: scoring and writing one shard; Ray estimates its sum from the buckets
 """
 
 from __future__ import annotations

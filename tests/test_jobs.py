@@ -201,9 +201,11 @@ class TestScoring:
     def test_every_image_is_scored_or_has_a_failures_row(self, models: Path, night: Path, tmp_path: Path) -> None:
         results = tmp_path / "results"
         arguments = ["--archives", night, "--models", models, "--results", results, "--night", "2026-01-31"]
-        output = succeeded(job("score_archives", *arguments))
-        assert "21 images in = 18 scored" in output
-        assert "3 failed" in output
+        first = job("score_archives", *arguments)
+        assert first.returncode == 1, first.stdout + first.stderr
+        assert "21 images in = 18 scored" in first.stdout
+        assert "3 failed" in first.stdout
+        assert "brick: 18.2 % of the images failed, --max-failure-fraction allows 10 %" in first.stdout
         scores, failures = rows(results, "scores"), rows(results, "failures")
         assert sorted(row["category"] for row in scores) == ["brick"] * 9 + ["gravel"] * 9
         assert {row["night"] for row in scores} == {"2026-01-31"}
@@ -215,6 +217,13 @@ class TestScoring:
         assert all(len(row["map"]) == 64 * 64 for row in maps)  # type: ignore[arg-type]
         (record,) = (json.loads(path.read_text()) for path in (results / "runs").glob("*.json"))
         assert record["counts"]["images"] == 21
+        with tarfile.open(night / "gravel/line-3.tar") as tar:
+            read = sum(member.size for member in tar)
+        assert record["counts"]["bytes"] == read + sum(f.stat().st_size for f in (night / "category=brick").iterdir())
+        assert record["failures"] == {"truncated": 1, "not_an_image": 1, "empty_file": 1}
+        assert (record["exit_status"], record["not_scored"]) == (1, [])
+        planned = succeeded(job("score_archives", *arguments, "--dry-run"))
+        assert planned.count(", 1 shards scored already") == 2
 
         before = {path: path.read_bytes() for path in results.rglob("*.parquet")}
         assert "nothing to do" in succeeded(job("score_archives", *arguments))
@@ -226,6 +235,10 @@ class TestScoring:
         succeeded(job("score_archives", *arguments))
         again = {row["image_id"]: row["score"] for row in rows(results, "scores")}
         assert again == {row["image_id"]: row["score"] for row in scores}
+
+        # A compacted night is done as well.
+        succeeded(job("compact", "--results", results, "--nights", "2026-01-31"))
+        assert "nothing to do" in succeeded(job("score_archives", *arguments))
 
     def test_shard_size_and_actors_do_not_change_any_map(self, models: Path, night: Path, tmp_path: Path) -> None:
         found = []
@@ -343,6 +356,12 @@ MISTAKES = {
         ["--archives", "{data}", "--models", "{tmp}/m", "--results", "{tmp}/r", "--night", "today"],
         "YYYY-MM-DD",
     ),
+    "odd fraction": (
+        "score_archives",
+        ["--archives", "{data}", "--models", "{tmp}/m", "--results", "{tmp}/r", "--max-failure-fraction", "10"],
+        "choose 0 to 1",
+    ),
+    "no results to compact": ("compact", ["--results", "{tmp}/r"], "does not exist"),
     "nothing trained": (
         "evaluate",
         ["--dataset", "{data}", "--models", "{tmp}", "--results", "{tmp}/r"],
@@ -372,7 +391,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(dataset: Path, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train_all", "score_archives", "evaluate", "demo", "study"])
+@pytest.mark.parametrize("name", ["train_all", "score_archives", "compact", "evaluate", "demo", "study"])
 def test_help_shows_every_option(name: str) -> None:
     output = succeeded(job(name, "--help"))
     assert "--" in output
