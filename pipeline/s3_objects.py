@@ -29,7 +29,7 @@ MAX_BREAKS = 5
 """So many broken bodies in a row, none of which brought PROGRESS_BYTES, and reading fails."""
 PROGRESS_BYTES = 2**16
 
-_CHUNK_BYTES = 2**20
+_CHUNK_BYTES = 2**16  # aiohttp reads ahead by twice as much, and drops that when the connection breaks
 _LONGEST_PAUSE_S = 5.0
 
 # What aiohttp, aiobotocore and fsspec raise over a body that stopped or stalled.
@@ -53,27 +53,18 @@ def read_stored(
     chunks: list[bytes] = []
     position, breaks = start, 0
     while True:
-        response = _get(filesystem, path, position, end, etag)
+        response, arrived, broken = sync(filesystem.loop, _fetch, filesystem, path, position, end, etag)
         etag = response.get("ETag") or ""
         end = position + response["ContentLength"] if end is None else end
-        arrived: list[bytes] = []
-        reason: Exception | None = None
-        try:
-            if response["ContentLength"] <= end - position:  # a server that ignores ranges sends more
-                sync(filesystem.loop, _drain, response["Body"], arrived)
-        except FlexibleChecksumError as error:
-            reason, chunks, arrived, position = error, [], [], start
-        except _BREAKS as error:
-            reason = error
-        finally:
-            response["Body"].close()
+        if isinstance(broken, FlexibleChecksumError):
+            chunks, arrived, position = [], [], start
         chunks += arrived
         position += (gained := sum(map(len, arrived)))
         if position == end:
             return Stored(b"".join(chunks), etag, _age_s(response))
         breaks = 1 if gained >= PROGRESS_BYTES else breaks + 1
         if breaks > MAX_BREAKS:
-            raise OSError(errno.EIO, f"the connection broke {breaks} times in a row", path) from reason
+            raise OSError(errno.EIO, f"the connection broke {breaks} times in a row", path) from broken
         time.sleep(random.uniform(0, min(0.1 * 2**breaks, _LONGEST_PAUSE_S)))
 
 
@@ -112,12 +103,27 @@ def remove_if(filesystem: Any, path: str, version: str) -> bool:
     return True
 
 
-async def _drain(body: Any, chunks: list[bytes]) -> None:
-    while chunk := await body.read(_CHUNK_BYTES):
-        chunks.append(chunk)
+async def _fetch(
+    filesystem: Any, path: str, start: int, end: int | None, etag: str | None
+) -> tuple[dict[str, Any], list[bytes], Exception | None]:
+    """The server's answer, what arrived of its body, and what broke it. Raises what :func:`_get` does.
+
+    One coroutine: aiohttp drops what it holds unread when the connection breaks, so reading must not begin late.
+    """
+    response = await _get(filesystem, path, start, end, etag)
+    arrived: list[bytes] = []
+    try:
+        if end is None or response["ContentLength"] <= end - start:  # a server that ignores ranges sends more
+            while chunk := await response["Body"].read(_CHUNK_BYTES):
+                arrived.append(chunk)
+    except _BREAKS as error:
+        return response, arrived, error
+    finally:
+        response["Body"].close()
+    return response, arrived, None
 
 
-def _get(filesystem: Any, path: str, start: int, end: int | None, etag: str | None) -> dict[str, Any]:
+async def _get(filesystem: Any, path: str, start: int, end: int | None, etag: str | None) -> dict[str, Any]:
     """The server's answer to a request for that range of that version. Raises ObjectChangedError."""
     bucket, key, _ = filesystem.split_path(path)
     request = {"Bucket": bucket, "Key": key}
@@ -126,7 +132,7 @@ def _get(filesystem: Any, path: str, start: int, end: int | None, etag: str | No
     if etag:
         request["IfMatch"] = etag
     try:
-        response: dict[str, Any] = filesystem.call_s3("get_object", **request)
+        response: dict[str, Any] = await filesystem._call_s3("get_object", **request)
     except OSError as error:
         if _code(error) not in ("PreconditionFailed", "412"):
             raise

@@ -26,13 +26,13 @@ from tests.fault_proxy import BODY_FAULTS, Fault, FaultProxy, fault_proxy
 from tests.s3_server import BUCKET
 
 ALL_FAULTS: tuple[Fault, ...] = ("slow_down", "error", "reset", "lost_reply", "cut", "short", "stall")
-STALL_S = 3.0
+STALL_S = 8.0
 
 
 @pytest.fixture
 def proxy(s3: Location, server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """The user reaches the bucket through a proxy that breaks what the test says; pauses between tries are short."""
-    monkeypatch.setattr(s3_options, "READ_TIMEOUT_S", 1)
+    monkeypatch.setattr(s3_options, "READ_TIMEOUT_S", 2)
     monkeypatch.setattr(s3_objects, "_LONGEST_PAUSE_S", 0.05)
     sleep = AioEndpoint._sleep
 
@@ -126,10 +126,13 @@ def test_members_of_a_zip_arrive_byte_for_byte(
 
 
 @pytest.mark.slow
-def test_a_tar_of_100_mb_arrives_byte_for_byte(s3: Location, proxy: FaultProxy, server: str) -> None:
+def test_a_tar_of_100_mb_arrives_byte_for_byte(
+    s3: Location, proxy: FaultProxy, server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_options, "READ_TIMEOUT_S", 30)  # nothing stalls here, but the computer may be busy
     data = _noise(100 * 10**6)
     _put(server, "night.tar", data)
-    proxy.break_some(0.4, ALL_FAULTS, seed=1)
+    proxy.break_some(0.4, [fault for fault in ALL_FAULTS if fault != "stall"], seed=1)
     digest = hashlib.sha256()
     with (s3 / "night.tar").open() as stream:
         while block := stream.read(10_240):  # as tarfile asks
@@ -139,16 +142,13 @@ def test_a_tar_of_100_mb_arrives_byte_for_byte(s3: Location, proxy: FaultProxy, 
 
 
 def test_a_broken_body_is_continued_and_not_begun_anew(s3: Location, proxy: FaultProxy, server: str) -> None:
-    """Each answer brings half of what is missing: reading it whole would never end."""
-    data = _noise(4_000_000)
+    """Each answer brings half of what is missing: more breaks than are borne without progress."""
+    data = _noise(16_000_000)
     _put(server, "weights", data)
-    proxy.break_some(1.0, ["cut"], seed=0)
-    with pytest.raises(OSError, match="broke 6 times in a row"):
-        (s3 / "weights").read_bytes()
-    assert proxy.injected["cut"] >= 9  # 2 MB, 1 MB, ... 64 kB count as progress, then six do not
-    proxy.break_some(0.0, [], seed=0)
-    proxy.break_next("GET", *["cut"] * 9)
+    cuts = s3_objects.MAX_BREAKS + 2
+    proxy.break_next("GET", *["cut"] * cuts)
     assert (s3 / "weights").read_bytes() == data
+    assert proxy.injected["cut"] == cuts
 
 
 def test_an_answer_with_another_range_than_asked_for_is_not_taken(s3: Location, proxy: FaultProxy) -> None:
@@ -205,7 +205,7 @@ def test_a_missing_file_is_told_by_one_request(s3: Location, proxy: FaultProxy) 
     assert sum(proxy.requests.values()) == 1
 
 
-@pytest.mark.parametrize("fault", ["slow_down", "error", "reset", "stall"])
+@pytest.mark.parametrize("fault", ["slow_down", "error", "reset", "cut", "stall"])
 def test_a_server_that_never_recovers_is_an_error_after_a_bounded_number_of_tries(
     s3: Location, proxy: FaultProxy, server: str, fault: Fault
 ) -> None:
