@@ -18,10 +18,11 @@ from aiobotocore.endpoint import AioEndpoint
 from botocore.exceptions import BotoCoreError
 
 from pipeline import s3_objects, s3_options
-from pipeline.archive_members import entries
+from pipeline.archives import Archive, read_shards, read_units
 from pipeline.errors import UserError
 from pipeline.s3_objects import ObjectChangedError
 from pipeline.storage import Location, require_exists, require_writable
+from pipeline.tar_members import stream_tar
 from tests.fault_proxy import BODY_FAULTS, Fault, FaultProxy, fault_proxy
 from tests.s3_server import BUCKET
 
@@ -96,6 +97,11 @@ def test_every_operation_survives_every_fault(s3: Location, proxy: FaultProxy, f
     assert proxy.injected[fault] == 6 if fault in BODY_FAULTS else 12
 
 
+def _read(archive: Archive) -> dict[str, bytes | None]:
+    shards = (shard for unit in read_units(archive) for shard in read_shards(archive, unit))
+    return {member.name: member.data for shard in shards for member in shard.members}
+
+
 @pytest.mark.parametrize("kinds", [ALL_FAULTS, ("cut", "short")])
 def test_a_streamed_tar_arrives_byte_for_byte(
     s3: Location, proxy: FaultProxy, server: str, monkeypatch: pytest.MonkeyPatch, kinds: tuple[Fault, ...]
@@ -104,8 +110,7 @@ def test_a_streamed_tar_arrives_byte_for_byte(
     members = {f"{number:03d}.png": _noise(100_000, number) for number in range(60)}
     _put(server, "night.tar", _tar(members))
     proxy.break_some(0.3, kinds, seed=7)
-    read = {entry.name: entry.read() for entry in entries(s3 / "night.tar", "tar")}
-    assert read == members
+    assert _read(Archive(s3 / "night.tar", "tar", "cloth")) == members
     assert proxy.injected.total() >= 5
     assert {"cut", "short"} <= set(proxy.injected)
 
@@ -121,7 +126,7 @@ def test_members_of_a_zip_arrive_byte_for_byte(
             archive.writestr(name, data)
     _put(server, "night.zip", buffer.getvalue())
     proxy.break_some(0.3, ("slow_down", "error", "reset", "cut", "short"), seed=3)
-    assert {entry.name: entry.read() for entry in entries(s3 / "night.zip", "zip")} == members
+    assert _read(Archive(s3 / "night.zip", "zip", "cloth")) == members
     assert proxy.injected.total() >= 5
 
 
@@ -189,8 +194,9 @@ def test_a_tar_replaced_while_it_is_read_is_no_damaged_archive(
     monkeypatch.setattr("pipeline.storage.READ_BLOCK_BYTES", 10_000)
     old, new = ({f"{n}.png": _noise(2_000_000, seed + n) for n in range(3)} for seed in (0, 10))
     _put(server, "night.tar", _tar(old))
-    reading = entries(s3 / "night.tar", "tar")
-    assert next(reading).read() == old["0.png"]
+    reading = stream_tar(s3 / "night.tar")
+    entry, read = next(reading)
+    assert read(entry) == old["0.png"]
     _put(server, "night.tar", _tar(new))
     with pytest.raises(ObjectChangedError):
         list(reading)
