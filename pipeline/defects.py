@@ -162,7 +162,8 @@ def _moved_piece(image: Array, foreign: Array, rng: np.random.Generator, scale: 
     """
     height, width, _ = image.shape
     side = min(height, width)
-    opacity = _blob(height, width, max(4.0, rng.uniform(0.06, 0.25) * side) * scale, 1.5, rng)
+    radius = min(max(4.0, rng.uniform(0.06, 0.25) * side) * scale, 0.3 * side)
+    opacity = _blob(height, width, radius, 1.5, rng)
     centre = np.array(ndimage.center_of_mass(opacity + 1e-9))
     source = rng.uniform(0.15, 0.85, 2) * [height, width]
     turn = rng.uniform(-np.pi, np.pi) if rng.uniform() < 0.5 else rng.normal(0, 0.2)
@@ -183,7 +184,9 @@ def _bent(image: Array, foreign: Array, rng: np.random.Generator, scale: float) 
     heading, push = rng.uniform(0, 2 * np.pi), rng.uniform(0.03, 0.09) * side * scale * window
     content = _sampled(image, rows + np.sin(heading) * push, columns + np.cos(heading) * push)
     shows = np.abs(content - image).max(axis=2) * window
-    return content, np.clip(ndimage.gaussian_filter(shows, 0.005 * side) / 10 - 0.5, 0, 1)
+    opacity = np.clip(ndimage.gaussian_filter(shows, 0.005 * side) / 10 - 0.5, 0, 1)
+    # Where nothing could show that it was bent, what else is done to the content has to.
+    return content, opacity if opacity.max() > 0.5 else np.clip(4 * window - 2, 0, 1)
 
 
 def _sampled(image: Array, rows: Array, columns: Array) -> Array:

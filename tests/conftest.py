@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from pipeline.diffusion.loss import Losses
 from pipeline.features import FeatureExtractor
 from pipeline.fit import Fit
 from pipeline.scoring import Scorer
+from tests.job_runs import make_dataset, train_tiny
 
 pytest_plugins = ["tests.s3_server", "tests.seaweed_server"]
 
@@ -136,3 +138,15 @@ def calibrated(
         return built[config.digest()]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set of two textures on disk."""
+    return make_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(scope="session")
+def models(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny models of both textures, trained by the job."""
+    return train_tiny(dataset, tmp_path_factory.mktemp("models"))

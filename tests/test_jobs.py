@@ -20,51 +20,7 @@ from PIL import Image
 
 from pipeline.model_store import load_scorer, model_info
 from pipeline.storage import Location
-from pipeline.textures import write_dataset
-
-ROOT = Path(__file__).parent.parent
-TINY = [
-    "--set",
-    "training.iterations=4",
-    "training.batch_size=4",
-    "network.image_size=32",
-    "network.channel_mult=[1,2]",
-    "network.attention_resolutions=[]",
-    "scoring.pixel_grid=16",
-    "features.grid=16",
-    "scoring.map_size=64",
-]
-TEXTURES = ("brick", "gravel")
-
-
-def job(name: str, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | (env or {}), check=False
-    )
-
-
-def succeeded(result: subprocess.CompletedProcess[str]) -> str:
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "Traceback" not in result.stdout + result.stderr
-    return result.stdout
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("dataset")
-    write_dataset(
-        Location.parse(root), textures=TEXTURES, image_size=64, train_images=12, test_normal=4, test_defective=5
-    )
-    return root
-
-
-@pytest.fixture(scope="module")
-def models(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    output = succeeded(job("train_all", "--dataset", dataset, "--models", folder, "--preset", "demo", *TINY))
-    assert all(f"{name}" in output for name in TEXTURES)
-    return folder
+from tests.job_runs import ROOT, TEXTURES, TINY, job, rows, succeeded
 
 
 @pytest.fixture
@@ -82,10 +38,6 @@ def night(dataset: Path, tmp_path: Path) -> Path:
             tar.add(image, f"part/{i}.png")
         tar.addfile(tarfile.TarInfo("part/empty.png"), io.BytesIO())
     return tmp_path / "night"
-
-
-def rows(results: Path, table: str) -> list[dict[str, object]]:
-    return ds.dataset(results / table, partitioning="hive").to_table().to_pylist()
 
 
 @pytest.mark.slow

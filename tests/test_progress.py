@@ -129,7 +129,7 @@ def test_the_totals_name_codes_categories_above_the_limit_and_what_was_not_score
         ShardOutcome(0, None, 10, shards=1, category="bolt"),
         ShardOutcome(1, None, 15, shards=2, category="nut"),
     ]
-    show_totals(total(outcomes), max_failure_fraction=0.1)
+    show_totals(total(outcomes, 2), max_failure_fraction=0.1)
     assert printed.getvalue().splitlines() == [
         "25 images in = 18 scored (1 anomalous) + 2 failed; 2 shards written, 4.0 MiB read",
         "failed: 2 truncated; see the failures table",

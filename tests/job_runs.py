@@ -1,0 +1,60 @@
+"""Running the jobs as users do, on a small data set and with tiny models."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.dataset as ds
+
+from pipeline.storage import Location
+from pipeline.textures import write_dataset
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "--set",
+    "training.iterations=4",
+    "training.batch_size=4",
+    "network.image_size=32",
+    "network.channel_mult=[1,2]",
+    "network.attention_resolutions=[]",
+    "scoring.pixel_grid=16",
+    "features.grid=16",
+    "scoring.map_size=64",
+]
+TEXTURES = ("brick", "gravel")
+
+
+def job(name: str, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | (env or {}), check=False
+    )
+
+
+def succeeded(result: subprocess.CompletedProcess[str]) -> str:
+    """What it printed."""
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    return result.stdout
+
+
+def rows(results: Path, table: str) -> list[dict[str, object]]:
+    return ds.dataset(results / table, partitioning="hive").to_table().to_pylist()
+
+
+def make_dataset(folder: Path) -> Path:
+    """12 photographs to train on and 9 to test of both textures, 64 px."""
+    write_dataset(
+        Location.parse(folder), textures=TEXTURES, image_size=64, train_images=12, test_normal=4, test_defective=5
+    )
+    return folder
+
+
+def train_tiny(dataset: Path, models: Path) -> Path:
+    """Tiny models of both textures."""
+    output = succeeded(job("train_all", "--dataset", dataset, "--models", models, "--preset", "demo", *TINY))
+    assert all(name in output for name in TEXTURES)
+    return models

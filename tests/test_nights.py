@@ -1,0 +1,61 @@
+"""Nights as the job meets them: bad inputs of every kind, kills in the middle, and two runs at once."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pipeline.storage import Location
+from tests.bad_inputs import write_corpus
+from tests.chaos import arguments, differences, disturbed, make_night, tables
+from tests.job_runs import ROOT, job, rows, succeeded
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_bad_input_is_told_and_every_good_image_beside_it_is_scored(models: Path, tmp_path: Path) -> None:
+    expected = write_corpus(tmp_path / "corpus")
+    results = tmp_path / "results"
+    run = job(
+        *("score_archives", "--archives", tmp_path / "corpus", "--category", "brick", "--models", models),
+        *("--results", results, "--night", "2026-01-31", "--maps", "none"),
+    )
+    assert run.returncode == 1, run.stdout + run.stderr  # far more failures than a good night has
+    assert "not scored" not in run.stdout
+    (record,) = (json.loads(path.read_text()) for path in (results / "runs").glob("*.json"))
+    told = Counter(str(row["error"]) for row in rows(results, "failures"))
+    wanted = Counter(code for kind in expected for _, code in kind.failures)
+    assert told == wanted
+    assert record["counts"]["scored"] == len(rows(results, "scores")) == sum(kind.good for kind in expected)
+    assert record["counts"]["images"] == record["counts"]["scored"] + record["counts"]["failed"]
+
+
+def test_a_night_that_is_killed_and_started_again_is_like_any_other(models: Path, tmp_path: Path) -> None:
+    night = make_night(tmp_path / "night")
+    succeeded(job("score_archives", *arguments(night, models, tmp_path / "calm")))
+    expected = tables(tmp_path / "calm")
+    assert (len(expected["scores"]), len(expected["failures"])) == (63, 9)
+    starts = disturbed(night, models, tmp_path / "disturbed", ["actor", "job"], random.Random(0))
+    assert starts == 2, "the actor comes back by itself, the job is started again"
+    assert not differences(tables(tmp_path / "disturbed"), expected)
+
+
+def test_a_second_run_of_the_same_night_refuses(models: Path, tmp_path: Path) -> None:
+    night, results = make_night(tmp_path / "night"), tmp_path / "results"
+    command = [sys.executable, str(ROOT / "jobs/score_archives.py"), *map(str, arguments(night, models, results))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        lock = Location.parse(results) / "locks/night=2026-01-31.json"
+        while not lock.exists():
+            assert first.poll() is None, "the first run ended before it held its night"
+        second = job("score_archives", *arguments(night, models, results)[:-1])
+        output, _ = first.communicate(timeout=300)
+    assert second.returncode == 2, second.stdout + second.stderr
+    assert "in work by another run" in second.stderr
+    assert first.returncode == 0, output
+    assert not lock.exists()
