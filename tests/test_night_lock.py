@@ -114,6 +114,9 @@ def test_a_holder_out_of_reach_of_the_storage_gives_up_at_the_expiry(
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         losing = pytest.raises(LockLostError, match=NIGHT)
         with losing, hold_night(s3, NIGHT, wait=False, expiry_s=8) as lock:
+            acquired = proxy.requests["PUT"]
+            while proxy.requests["PUT"] == acquired:  # until a renewal, which finds all connections made
+                time.sleep(0.02)
             proxy.break_some(1.0, [fault], seed=0)
             assert 4 < _wait_until_lost(lock, at_most_s=12) < 10
             proxy.break_some(0.0, [], seed=0)
