@@ -8,6 +8,7 @@ from datetime import UTC, date, datetime, timedelta
 from pipeline.command import OK, PARTIAL_FAILURE, console, run
 from pipeline.compaction import Compaction, compact_night, old_nights, plan_compaction
 from pipeline.errors import UserError
+from pipeline.night_lock import LockLostError, hold_night
 from pipeline.storage import Location, require_exists, require_writable
 from pipeline.storage_errors import STORAGE_ERRORS
 
@@ -52,8 +53,9 @@ def compact(options: Options) -> int:
             if options.dry_run:
                 done = plan_compaction(results, category, night)
             else:
-                done = compact_night(results, category, night, target_bytes=options.target_mib * 2**20)
-        except (UserError, *STORAGE_ERRORS) as error:
+                with hold_night(results, night, wait=False):
+                    done = compact_night(results, category, night, target_bytes=options.target_mib * 2**20)
+        except (UserError, LockLostError, *STORAGE_ERRORS) as error:
             failed.append(f"{category}, {night}: {' '.join(str(error).split())}")
             continue
         console.print(f"[{number}/{len(found)}] {category}, {night}: {told(done)}", markup=False)

@@ -65,7 +65,7 @@ def demo(options: Options) -> int:
         plan = evaluation.plan(dataset, "mvtec", textures, models, results)
         with ScoringProgress([archive.size() for archive in plan.batch.archives]) as progress:
             found = evaluation.run(plan, resources.scoring_workers(), progress, fpr_limit=0.3)
-    show_totals(found.totals)
+    show_totals(found.totals, plan.batch.max_failure_fraction)
     (output / "metrics.json").write_json(found.metrics)
     console.print(metrics_table(found.metrics))
     sheet = output / "contact-sheet.png"

@@ -62,7 +62,7 @@ def main(options: Options) -> int:
     sizes = [archive.size() for archive in plan.batch.archives]
     with ray_session() as resources, ScoringProgress(sizes) as progress:
         found = evaluation.run(plan, resources.scoring_workers(options.actors), progress, options.fpr_limit)
-    show_totals(found.totals)
+    show_totals(found.totals, plan.batch.max_failure_fraction)
     console.print(metrics_table(found.metrics))
     for category, reasons in found.reasons.items():
         for metric, reason in reasons.items():

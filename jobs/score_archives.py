@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
+
+from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
 
 from pipeline.archives import Archive, find_archives
 from pipeline.batch import BatchPlan, ShardOutcome, all_committed_shards, score_archives
@@ -56,8 +57,7 @@ def models_for(archives: list[Archive], models: Location) -> dict[str, ModelInfo
 
 def score(options: Options) -> int:
     """Score; returns the exit status."""
-    started = datetime.now(UTC)
-    night = options.night or f"{started:%Y-%m-%d}"
+    night = options.night or f"{datetime.now(UTC):%Y-%m-%d}"
     try:
         night = date.fromisoformat(night).isoformat()
     except ValueError as error:
@@ -69,44 +69,50 @@ def score(options: Options) -> int:
     if not 0 <= options.max_failure_fraction <= 1:
         raise UserError(f"--max-failure-fraction {options.max_failure_fraction}: choose 0 to 1")
     results = Location.parse(options.results)
+    if options.dry_run:
+        plan = plan_night(options, results, night)
+        show_plan(plan)
+        show_archives(plan)
+        return OK
+    require_writable(results)
+    try:
+        # Planned within the lock: what it waits for may change archives, models and what is done.
+        with hold_night(results, night, wait=options.wait) as lock:
+            plan = plan_night(options, results, night)
+            show_plan(plan)
+            sizes = [archive.size() for archive in plan.archives]
+            with ray_session() as resources, ScoringProgress(sizes) as progress:
+
+                def committed(outcome: ShardOutcome) -> None:
+                    progress(outcome)
+                    lock.check()
+
+                totals = score_archives(plan, resources.scoring_workers(options.actors), committed)
+    except (LockLostError, OSError, BotoCoreError, ClientError) as error:
+        console.print(f"stopped: {' '.join(str(error).split())}; run the same command again", style="red", markup=False)
+        return PARTIAL_FAILURE
+    show_totals(totals, plan.max_failure_fraction)
+    return OK if totals.fine(plan.max_failure_fraction) else PARTIAL_FAILURE
+
+
+def plan_night(options: Options, results: Location, night: str) -> BatchPlan:
+    """What there is to score at this moment."""
     archives = find_archives(options.archives, category=options.category)
-    plan = BatchPlan(
+    return BatchPlan(
         archives=tuple(archive.fingerprinted() for archive in archives),
         models=models_for(archives, Location.parse(options.models)),
         results=results,
         night=night,
         map_format=options.maps,
         shard_images=options.shard_images,
-        started=started,
+        started=datetime.now(UTC),
         max_failure_fraction=options.max_failure_fraction,
     )
-    sizes = [archive.size() for archive in plan.archives]
-    show_plan(plan, sizes)
-    if options.dry_run:
-        show_archives(plan, sizes)
-        return OK
-    require_writable(results)
-    try:
-        with (
-            hold_night(results, night, wait=options.wait) as lock,
-            ray_session() as resources,
-            ScoringProgress(sizes) as progress,
-        ):
-
-            def committed(outcome: ShardOutcome) -> None:
-                progress(outcome)
-                lock.check()
-
-            totals = score_archives(plan, resources.scoring_workers(options.actors), committed)
-    except LockLostError as error:
-        console.print(f"stopped: {error}; run the same command again", style="red", markup=False)
-        return PARTIAL_FAILURE
-    show_totals(totals, plan.max_failure_fraction)
-    return OK if totals.fine(plan.max_failure_fraction) else PARTIAL_FAILURE
 
 
-def show_plan(plan: BatchPlan, sizes: Sequence[int]) -> None:
+def show_plan(plan: BatchPlan) -> None:
     """What will be scored by which models."""
+    sizes = [archive.size() for archive in plan.archives]
     total = f"{len(plan.archives)} archives, {size_text(sum(sizes))}"
     console.print(f"night {plan.night}: {total}, results to {plan.results}", markup=False)
     for category, info in plan.models.items():
@@ -114,11 +120,11 @@ def show_plan(plan: BatchPlan, sizes: Sequence[int]) -> None:
         console.print(f"  {category}: {len(own)} archives, {size_text(sum(own))}, model {info.version}", markup=False)
 
 
-def show_archives(plan: BatchPlan, sizes: Sequence[int]) -> None:
+def show_archives(plan: BatchPlan) -> None:
     """Every archive with its size and how many of its shards are scored already."""
-    for archive, size, done in zip(plan.archives, sizes, all_committed_shards(plan), strict=True):
+    for archive, done in zip(plan.archives, all_committed_shards(plan), strict=True):
         scored = f", {len(done)} shards scored already" if done else ""
-        console.print(f"    {archive.kind} {archive.location}: {size_text(size)}{scored}", markup=False)
+        console.print(f"    {archive.kind} {archive.location}: {size_text(archive.size())}{scored}", markup=False)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from scipy import stats
 
 from pipeline.calibration import Choice, fit_measures, judge, judged_images, measured
 from pipeline.command import OK, console, run
-from pipeline.config import Config
 from pipeline.datasets import Layout, detect_layout, labelled_records, training_records
 from pipeline.errors import UserError
 from pipeline.fit import split_holdout
@@ -88,7 +87,7 @@ def study_category(
         "alpha": info.calibration["alpha"],
         "top_pixels": info.calibration["top_pixels"],
     }
-    config = open_choices(scorer.config)
+    config = scorer.config
     scorer.configure(config)
     side = config.scoring.map_size
     normal = load_photographs(training_records(dataset, layout, category), side)
@@ -112,16 +111,6 @@ def study_category(
         rows.append([choice for candidate in candidates for choice in judge(scorer, candidate, found)])
     entries = [row(*pair) for pair in zip(*rows, strict=True)]
     return [entry | {"chosen": kept.items() <= entry.items()} for entry in entries]
-
-
-def open_choices(config: Config) -> Config:
-    """The same model with everything left open that it chose by itself."""
-    left_open: dict[str, Any] = {"alpha": None, "top_pixels": None}
-    if config.scoring.covariance != "none":
-        left_open |= {"covariance": "select", "prediction": "select"}
-    if config.features.context_stages:
-        left_open["context_weight"] = None
-    return config.model_copy(update={"scoring": config.scoring.model_copy(update=left_open)})
 
 
 def row(implanted: Choice, labelled: Choice) -> dict[str, Any]:

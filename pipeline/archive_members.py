@@ -43,6 +43,10 @@ class BombError(ValueError):
     """More comes out of a packed archive than photographs could be packed to."""
 
 
+ARCHIVE_ERRORS = ("archive_damaged", "archive_bomb", "empty_archive", "unsupported_archive")
+"""Codes that speak of an archive, and may hide any number of images."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why a member, or the rest of an archive, gives no image."""

@@ -13,7 +13,7 @@ import math
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -24,10 +24,12 @@ import ray.data
 import torch
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
+from pipeline.archive_members import ARCHIVE_ERRORS
 from pipeline.archives import Archive, Failure, image_id, read_shards, read_units, shard_name
 from pipeline.errors import UserError
 from pipeline.images import ImageError, decode, resize
 from pipeline.model_store import ModelInfo, load_scorer
+from pipeline.night_reading import iter_rows
 from pipeline.results import FailureRow, MapFormat, Region, ScoreRow, finished_shards, write_run, write_shard
 from pipeline.run_record import run_record
 from pipeline.scoring import Scorer, find_regions
@@ -114,6 +116,7 @@ def list_archive(row: dict[str, Any], plan: BatchPlan) -> Iterator[dict[str, Any
     own = {"archive": row["archive"], "committed": [], "unit": b"", "totals": "", "error": ""}
     try:
         units = read_units(archive, shard_images=plan.shard_images)
+        _require_unchanged(archive)
     except STORAGE_ERRORS as failure:
         yield own | {"totals": json.dumps([0, 0, len(finished)]), "error": _storage_error(archive, failure)}
         return
@@ -141,6 +144,7 @@ def read_unit(row: dict[str, Any], plan: BatchPlan) -> Iterator[dict[str, Any]]:
     shards, members, error = 0, 0, ""
     try:
         for shard in read_shards(archive, unit, shard_images=plan.shard_images, skip=finished):
+            _require_unchanged(archive)
             members += len(shard.members)
             shards += 1
             yield {
@@ -164,6 +168,12 @@ def _finished(row: dict[str, Any], plan: BatchPlan) -> set[str]:
     """Names of the archive's shards that are committed, as the archive itself calls them."""
     suffix = plan.suffix(plan.archives[row["archive"]])
     return {name.removesuffix(suffix) for name in row["committed"]}
+
+
+def _require_unchanged(archive: Archive) -> None:
+    """Raises OSError where the file is not the one that the plan was made for: rows of two versions must not mix."""
+    if archive.kind != "folder" and archive.location.fingerprint() != archive.fingerprint:
+        raise OSError("it was replaced after the run began")
 
 
 def _storage_error(archive: Archive, error: Exception) -> str:
@@ -350,7 +360,9 @@ class Totals:
     failures: dict[str, int]
     """Failed images by error code."""
     failed_fractions: dict[str, float]
-    """Failed images of all images, by category: 0 to 1."""
+    """Failed images of all images, by category, those of earlier runs of the night included: 0 to 1."""
+    archive_failures: int
+    """Archives that could not be read to their end, in this run or an earlier one: nobody knows how many images that hides."""
     not_scored: tuple[ShardOutcome, ...]
     """What has an error: shards, or with shard None what is left of an archive."""
 
@@ -360,24 +372,29 @@ class Totals:
         return self.unbalanced_archives == 0 and self.lost_shards == 0
 
     def fine(self, max_failure_fraction: float) -> bool:
-        """Whether all was scored, but for no more than this fraction of any category's images."""
-        return (
-            self.balanced and not self.errors and max(self.failed_fractions.values(), default=0) <= max_failure_fraction
-        )
+        """Whether all was scored, but for no more than this fraction of any category's images; every archive to its end."""
+        few = max(self.failed_fractions.values(), default=0) <= max_failure_fraction
+        return self.balanced and not self.errors and few and not self.archive_failures
 
 
-def total(outcomes: list[ShardOutcome], archives: int) -> Totals:
-    """Add up outcomes of so many archives. `images` counts what the archives hold, the others what was committed."""
+def total(outcomes: Sequence[ShardOutcome], archives: int, earlier: Sequence[ShardOutcome] = ()) -> Totals:
+    """Add up outcomes of so many archives. `images` counts what the archives hold, the others what was committed.
+
+    earlier: of shards that runs before this one committed. A night stays as bad as it is, however often it is started.
+    """
     heads = [outcome for outcome in outcomes if outcome.shard is None]
     shards = [outcome for outcome in outcomes if outcome.shard is not None]
     members = {head.archive: head.members for head in heads}
     done, failures = Counter[int](), Counter[str]()
-    failed, images = Counter[str](), Counter[str]()
     for outcome in shards:
         done[outcome.archive] += outcome.scored + outcome.failed
         failures.update(json.loads(outcome.failures))
+    failed, images = Counter[str](), Counter[str]()
+    archive_failures = 0
+    for outcome in (*earlier, *shards):
         failed[outcome.category] += outcome.failed
         images[outcome.category] += outcome.scored + outcome.failed
+        archive_failures += sum(json.loads(outcome.failures).get(code, 0) for code in ARCHIVE_ERRORS)
     return Totals(
         images=sum(members.values()),
         scored=sum(outcome.scored for outcome in shards),
@@ -391,8 +408,29 @@ def total(outcomes: list[ShardOutcome], archives: int) -> Totals:
         bytes=sum(outcome.bytes for outcome in shards),
         failures=dict(failures.most_common()),
         failed_fractions={category: failed[category] / count for category, count in sorted(images.items()) if count},
+        archive_failures=archive_failures,
         not_scored=tuple(outcome for outcome in outcomes if outcome.error),
     )
+
+
+def earlier_outcomes(plan: BatchPlan, committed: Sequence[Sequence[str]]) -> list[ShardOutcome]:
+    """What became of the shards that were committed before, by archive, counted in the tables."""
+    archive_of = {name: i for i, names in enumerate(committed) for name in names}
+    scored, failed = Counter[str](), {name: Counter[str]() for name in archive_of}
+    for category in {plan.archives[i].category for i in archive_of.values()}:
+        for name, rows in iter_rows("scores", plan.results, category, plan.night):
+            scored[name] += len(rows)
+        for name, rows in iter_rows("failures", plan.results, category, plan.night):
+            if name in failed:
+                failed[name].update(rows["error"].to_pylist())
+    return [
+        ShardOutcome(
+            *(i, name, scored[name] + failed[name].total(), scored[name], failed[name].total()),
+            category=plan.archives[i].category,
+            failures=json.dumps(failed[name]),
+        )
+        for name, i in archive_of.items()
+    ]
 
 
 def score_archives(plan: BatchPlan, workers: Workers, progress: Callable[[ShardOutcome], None]) -> Totals:
@@ -401,9 +439,10 @@ def score_archives(plan: BatchPlan, workers: Workers, progress: Callable[[ShardO
     context = ray.data.DataContext.get_current()
     # Every shard leaves its task as soon as it is complete instead of waiting for a larger block.
     context.target_max_block_size = 1
+    before = all_committed_shards(plan)
     shards = (
         ray.data.from_items(
-            [{"archive": i, "committed": committed} for i, committed in enumerate(all_committed_shards(plan))],
+            [{"archive": i, "committed": committed} for i, committed in enumerate(before)],
             override_num_blocks=len(plan.archives),
         )
         # Stages that ask for the same share of a CPU become one task, and the units would stay with one reader.
@@ -423,7 +462,7 @@ def score_archives(plan: BatchPlan, workers: Workers, progress: Callable[[ShardO
         outcome = ShardOutcome(**row)
         outcomes.append(outcome)
         progress(outcome)
-    totals = total(outcomes, len(plan.archives))
+    totals = total(outcomes, len(plan.archives), earlier_outcomes(plan, before))
     record = run_record(plan, totals, time.monotonic() - clock)
     write_run(plan.results, f"{plan.night}-{plan.started:%Y%m%dT%H%M%SZ}", record)
     return totals

@@ -168,12 +168,12 @@ def show_totals(totals: Totals, max_failure_fraction: float = 1.0) -> None:
     """The balance of a scoring run, and what went wrong."""
     if totals.skipped_shards and not totals.shards and not totals.errors:
         console.print(f"nothing to do: all {totals.skipped_shards} shards were scored before")
-        return
-    skipped = f", {totals.skipped_shards} shards were scored before" if totals.skipped_shards else ""
-    console.print(
-        f"{totals.images} images in = {totals.scored} scored ({totals.anomalous} anomalous) + {totals.failed} failed; "
-        f"{totals.shards} shards written, {size_text(totals.bytes)} read{skipped}"
-    )
+    else:
+        skipped = f", {totals.skipped_shards} shards were scored before" if totals.skipped_shards else ""
+        console.print(
+            f"{totals.images} images in = {totals.scored} scored ({totals.anomalous} anomalous) + {totals.failed} failed; "
+            f"{totals.shards} shards written, {size_text(totals.bytes)} read{skipped}"
+        )
     if totals.failures:
         codes = ", ".join(f"{count} {error}" for error, count in totals.failures.items())
         console.print(f"failed: {codes}; see the failures table", markup=False)
@@ -185,6 +185,10 @@ def show_totals(totals: Totals, max_failure_fraction: float = 1.0) -> None:
                 style="red",
                 markup=False,
             )
+    if totals.archive_failures:
+        console.print(
+            f"{totals.archive_failures} archives could not be read to their end: see the failures table", style="red"
+        )
     for error in totals.errors:
         console.print(f"not scored: {error}", style="red", markup=False)
     if not totals.balanced:

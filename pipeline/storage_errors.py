@@ -12,8 +12,9 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
     PartialCredentialsError,
 )
 from botocore.exceptions import ConnectionError as S3ConnectionError
+from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 
-STORAGE_ERRORS = (OSError, BotoCoreError, ClientError, ValueError, ImportError)
+STORAGE_ERRORS = (OSError, BotoCoreError, ClientError, ResponseParserError, ValueError, ImportError)
 """All that a storage raises over a wrong path, setting, package or credential."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tarfile
 import zipfile
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from pipeline.batch import (
     all_committed_shards,
     committed_shards,
     decode_shard,
+    earlier_outcomes,
     list_archive,
     read_unit,
     total,
@@ -34,6 +36,7 @@ from pipeline.errors import UserError
 from pipeline.images import encode_png
 from pipeline.model_store import ModelInfo
 from pipeline.ray_session import Resources
+from pipeline.results import FailureRow, ScoreRow, write_shard
 from pipeline.run_record import run_record
 from pipeline.scoring import Region
 from pipeline.storage import Location
@@ -198,6 +201,43 @@ def test_a_night_is_fine_up_to_the_fraction_of_failures_in_each_category() -> No
     assert not some.fine(0.19), "two of all 104 images are few, but a fifth of the cloth is not"
     assert not total(outcomes_of_a_night(error="the disk is full"), 2).fine(1.0)
     assert total([], 0).fine(0.0)
+    broken = ShardOutcome(0, "a", 11, 10, 1, category="cloth", failures='{"archive_damaged": 1}')
+    head = ShardOutcome(0, None, 11, shards=1, category="cloth")
+    assert not total([broken, head], 1).fine(1.0), "nobody knows what a broken archive hides"
+
+
+def test_a_night_stays_as_bad_as_it_is_when_nothing_is_left_to_do(plan: BatchPlan) -> None:
+    rows = [decode_shard(row, plan) for row in read(plan)]
+    for row in rows[:-1]:
+        failures = [
+            FailureRow(f"{row['shard']}-{name}", "a", name, failure["stage"], failure["error"], failure["detail"])
+            for name, failure in json.loads(row["failures"])
+        ]
+        scores = [
+            ScoreRow(f"{row['shard']}-{name}", "a", name, 50, 40, 1, 1, 1, 2, False, (), "v1", plan.started)
+            for name in row["names"]
+        ]
+        where = {"category": "cloth", "night": plan.night, "shard": row["shard"], "map_format": "none"}
+        write_shard(plan.results, scores=scores, maps_nhw=None, failures=failures, **where)
+    (done,) = all_committed_shards(plan)
+    earlier = earlier_outcomes(plan, [done])
+    assert [(outcome.scored, outcome.failed) for outcome in earlier] == [(2, 0), (2, 0), (1, 1)]
+    left = [ShardOutcome(0, None, 0, shards=0, skipped=3, category="cloth")]
+    again = total(left, 1, earlier)
+    assert again.failed_fractions == {"cloth": 1 / 6}
+    assert (again.fine(0.2), again.fine(0.1), again.failed) == (True, False, 0)
+
+
+def test_an_archive_that_is_replaced_after_the_plan_is_left_to_the_next_run(any_plan: BatchPlan) -> None:
+    (archive,) = any_plan.archives
+    if archive.kind == "folder":
+        pytest.skip("each loose image is a file of its own")
+    units = list(list_archive({"archive": 0, "committed": []}, any_plan))
+    path = Path(archive.location.uri)
+    os.utime(path, ns=(0, 0))
+    found = [row for unit in units for row in read_unit(unit, any_plan)]
+    assert not any(row["data"] for row in found)
+    assert "replaced after the run began" in found[0]["error"]
 
 
 def test_the_run_record_says_what_failed_what_was_not_scored_and_how_it_ended(plan: BatchPlan) -> None:
@@ -212,6 +252,7 @@ def test_the_run_record_says_what_failed_what_was_not_scored_and_how_it_ended(pl
         "shards": 2,
         "lost_shards": 0,
         "unbalanced_archives": 1,
+        "archive_failures": 0,
         "skipped_shards": 0,
         "bytes": 10000,
     }

@@ -178,15 +178,18 @@ class TestScoring:
         assert planned.count(", 1 shards scored already") == 2
 
         before = {path: path.read_bytes() for path in results.rglob("*.parquet")}
-        assert "nothing to do" in succeeded(job("score_archives", *arguments))
+        again = job("score_archives", *arguments)
+        assert (again.returncode, "nothing to do" in again.stdout) == (1, True), "a bad night stays one"
+        assert "brick: 18.2 % of the images failed" in again.stdout
+        arguments += ["--max-failure-fraction", 0.2]
         assert {path: path.read_bytes() for path in results.rglob("*.parquet")} == before
 
         # A lost commit marker: the shard is done again and gives the same rows.
         marker = next((results / "scores/category=gravel").rglob("*.parquet"))
         marker.unlink()
         succeeded(job("score_archives", *arguments))
-        again = {row["image_id"]: row["score"] for row in rows(results, "scores")}
-        assert again == {row["image_id"]: row["score"] for row in scores}
+        once_more = {row["image_id"]: row["score"] for row in rows(results, "scores")}
+        assert once_more == {row["image_id"]: row["score"] for row in scores}
 
         # A compacted night is done as well.
         succeeded(job("compact", "--results", results, "--nights", "2026-01-31"))
