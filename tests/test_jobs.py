@@ -210,7 +210,7 @@ class TestScoring:
                         "--results",
                         results,
                     ),
-                    *("--shard-images", shard_images),
+                    *("--shard-images", shard_images, "--max-failure-fraction", 0.2),
                 )
             )
             found.append({row["image_id"]: np.array(row["map"], np.float64) for row in rows(results, "maps")})
