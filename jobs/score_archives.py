@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 
@@ -71,16 +72,17 @@ def score(options: Options) -> int:
     results = Location.parse(options.results)
     if options.dry_run:
         plan = plan_night(options, results, night)
-        show_plan(plan)
-        show_archives(plan)
+        sizes = [archive.size() for archive in plan.archives]
+        show_plan(plan, sizes)
+        show_archives(plan, sizes)
         return OK
     require_writable(results)
     try:
         # Planned within the lock: what it waits for may change archives, models and what is done.
         with hold_night(results, night, wait=options.wait) as lock:
             plan = plan_night(options, results, night)
-            show_plan(plan)
             sizes = [archive.size() for archive in plan.archives]
+            show_plan(plan, sizes)
             with ray_session() as resources, ScoringProgress(sizes) as progress:
 
                 def committed(outcome: ShardOutcome) -> None:
@@ -110,9 +112,8 @@ def plan_night(options: Options, results: Location, night: str) -> BatchPlan:
     )
 
 
-def show_plan(plan: BatchPlan) -> None:
+def show_plan(plan: BatchPlan, sizes: Sequence[int]) -> None:
     """What will be scored by which models."""
-    sizes = [archive.size() for archive in plan.archives]
     total = f"{len(plan.archives)} archives, {size_text(sum(sizes))}"
     console.print(f"night {plan.night}: {total}, results to {plan.results}", markup=False)
     for category, info in plan.models.items():
@@ -120,11 +121,11 @@ def show_plan(plan: BatchPlan) -> None:
         console.print(f"  {category}: {len(own)} archives, {size_text(sum(own))}, model {info.version}", markup=False)
 
 
-def show_archives(plan: BatchPlan) -> None:
+def show_archives(plan: BatchPlan, sizes: Sequence[int]) -> None:
     """Every archive with its size and how many of its shards are scored already."""
-    for archive, done in zip(plan.archives, all_committed_shards(plan), strict=True):
+    for archive, size, done in zip(plan.archives, sizes, all_committed_shards(plan), strict=True):
         scored = f", {len(done)} shards scored already" if done else ""
-        console.print(f"    {archive.kind} {archive.location}: {size_text(archive.size())}{scored}", markup=False)
+        console.print(f"    {archive.kind} {archive.location}: {size_text(size)}{scored}", markup=False)
 
 
 if __name__ == "__main__":
