@@ -9,7 +9,8 @@ from pipeline.command import OK, PARTIAL_FAILURE, console, run
 from pipeline.compaction import Compaction, compact_night, old_nights, plan_compaction
 from pipeline.errors import UserError
 from pipeline.night_lock import LockLostError, hold_night
-from pipeline.storage import Location, require_exists, require_writable
+from pipeline.storage import Location
+from pipeline.storage_checks import require_exists, require_writable
 from pipeline.storage_errors import STORAGE_ERRORS
 
 

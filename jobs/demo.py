@@ -11,7 +11,8 @@ from pipeline.config import load_config
 from pipeline.progress import ScoringProgress, metrics_table, show_totals, show_training
 from pipeline.ray_session import ray_session
 from pipeline.sheet import contact_sheet
-from pipeline.storage import Location, require_writable
+from pipeline.storage import Location
+from pipeline.storage_checks import require_writable
 from pipeline.textures import write_dataset
 from pipeline.training import TrainingJob, train_categories
 

@@ -11,7 +11,8 @@ from pipeline.errors import UserError
 from pipeline.model_store import model_categories
 from pipeline.progress import ScoringProgress, metrics_table, show_totals
 from pipeline.ray_session import ray_session
-from pipeline.storage import Location, require_writable
+from pipeline.storage import Location
+from pipeline.storage_checks import require_writable
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from datetime import UTC, date, datetime
 from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
 
 from pipeline.archives import Archive, find_archives
-from pipeline.batch import BatchPlan, ShardOutcome, all_committed_shards, score_archives
+from pipeline.batch import score_archives
+from pipeline.batch_plan import BatchPlan, all_committed_shards
 from pipeline.command import OK, PARTIAL_FAILURE, console, run
 from pipeline.errors import UserError
 from pipeline.model_store import ModelInfo, model_info
@@ -17,7 +18,9 @@ from pipeline.night_lock import LockLostError, hold_night
 from pipeline.progress import ScoringProgress, show_totals, size_text
 from pipeline.ray_session import ray_session
 from pipeline.results import MapFormat
-from pipeline.storage import Location, require_writable
+from pipeline.storage import Location
+from pipeline.storage_checks import require_writable
+from pipeline.totals import ShardOutcome
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from pipeline.fit import split_holdout
 from pipeline.images import ImageError, decode_mask, resize_mask
 from pipeline.model_store import load_scorer, model_categories, model_info
 from pipeline.selection import summary
-from pipeline.storage import Location, require_writable
+from pipeline.storage import Location
+from pipeline.storage_checks import require_writable
 from pipeline.training import data_fingerprint, load_photographs
 
 FIGURES = ("pixel_auroc", "pro_0.30", "image_auroc")

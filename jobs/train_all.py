@@ -16,7 +16,8 @@ from pipeline.model_store import model_info, publish
 from pipeline.progress import model_line, show_training
 from pipeline.ray_session import Resources, ray_session
 from pipeline.selection import DEFAULT_SPACE, best, candidates
-from pipeline.storage import Location, require_exists, require_writable
+from pipeline.storage import Location
+from pipeline.storage_checks import require_exists, require_writable
 from pipeline.training import Progress, TrainingJob, train_categories
 
 

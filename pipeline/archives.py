@@ -29,7 +29,8 @@ from pipeline.archive_members import (
 from pipeline.errors import UserError
 from pipeline.folder_members import folder_files, folder_reader, list_folder
 from pipeline.images import is_image_name
-from pipeline.storage import Location, require_exists
+from pipeline.storage import Location
+from pipeline.storage_checks import require_exists
 from pipeline.tar_members import stream_tar
 from pipeline.zip_members import list_zip, read_zip_member
 

@@ -11,7 +11,8 @@ from pathlib import PurePosixPath
 from typing import Literal, get_args
 
 from pipeline.errors import UserError
-from pipeline.storage import Location, require_exists
+from pipeline.storage import Location
+from pipeline.storage_checks import require_exists
 
 Layout = Literal["mvtec", "btad", "visa", "dtd", "folder"]
 """How a collection lies in folders, where C is a category:

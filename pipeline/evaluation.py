@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import ray
 
 from pipeline.archives import Archive, image_id
-from pipeline.batch import BatchPlan, ShardOutcome, Totals, Workers, committed_shards, score_archives
+from pipeline.batch import score_archives
+from pipeline.batch_plan import BatchPlan, Workers, committed_shards
 from pipeline.datasets import Layout, labelled_records
 from pipeline.errors import UserError
 from pipeline.images import decode_mask, resize_mask
@@ -24,6 +25,7 @@ from pipeline.metrics import LocalizationMetrics
 from pipeline.model_store import model_info
 from pipeline.results import iter_maps, read_scores
 from pipeline.storage import Location
+from pipeline.totals import ShardOutcome, Totals
 
 NIGHT = "evaluation"
 """The partition that holds labelled runs, apart from real nights."""

@@ -26,7 +26,8 @@ from pipeline.errors import UserError
 from pipeline.features import FeatureExtractor
 from pipeline.gaussian import NormalGaussian
 from pipeline.scoring import Calibration, Denoiser, Measure, Scorer
-from pipeline.storage import Location, require_exists
+from pipeline.storage import Location
+from pipeline.storage_checks import require_exists
 
 FORMAT = 3
 """Version of the files' layout; a reader refuses a higher one."""

@@ -10,8 +10,8 @@ from typing import Any
 from rich.live import Live
 from rich.table import Table
 
-from pipeline.batch import ShardOutcome, Totals
 from pipeline.command import console
+from pipeline.totals import ShardOutcome, Totals
 from pipeline.training import Progress, State
 
 LOG_EVERY = 30.0

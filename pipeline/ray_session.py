@@ -15,7 +15,7 @@ from pathlib import Path
 import ray
 import ray.data
 
-from pipeline.batch import Workers
+from pipeline.batch_plan import Workers
 from pipeline.errors import UserError
 
 

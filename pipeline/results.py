@@ -24,21 +24,10 @@ from pipeline.errors import UserError
 from pipeline.map_tables import MapFormat, maps_of, maps_table
 from pipeline.night_files import compacted_file_with, file_name, look, partition
 from pipeline.night_reading import iter_rows, read_table
+from pipeline.regions import Region
 from pipeline.storage import Location
 
 MAPS_PER_ROW_GROUP = 128
-
-
-@dataclass(frozen=True)
-class Region:
-    """One connected anomalous region: bounding box and area in pixels of the photograph, highest score."""
-
-    x: int
-    y: int
-    width: int
-    height: int
-    area: int
-    peak: float
 
 
 @dataclass(frozen=True)

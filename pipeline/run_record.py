@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pipeline.batch_plan import BatchPlan
 from pipeline.command import OK, PARTIAL_FAILURE
 from pipeline.model_store import package_versions
-
-if TYPE_CHECKING:
-    from pipeline.batch import BatchPlan, Totals
+from pipeline.totals import Totals
 
 
 def run_record(plan: BatchPlan, totals: Totals, seconds: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From a trained network and photographs to anomaly maps and scores: KL map, feature map, ensemble, regions.
+"""From a trained network and photographs to anomaly maps and scores: KL map, feature map, ensemble.
 
 The noise is a constant of the model (one draw per timestep, from the model's seed): the same photograph gets the same
 map in any batch, on any worker, on any night, and all photographs are compared under the same noise.
@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
 from torch import Tensor, nn
 
 from pipeline.config import Config
@@ -126,17 +125,6 @@ class Maps(NamedTuple):
     feature: Tensor
 
 
-class Region(NamedTuple):
-    """A connected part of a map above the pixel threshold; pixels of the map; `peak` is its largest value."""
-
-    x: int
-    y: int
-    width: int
-    height: int
-    area: int
-    peak: float
-
-
 @dataclass(frozen=True)
 class ScoredImages:
     """Results for n images, in the order given."""
@@ -178,21 +166,6 @@ def top_means(maps: Tensor, counts: Sequence[int]) -> Tensor:
     limits = [min(count, maps[0].numel()) for count in counts]
     largest = maps.flatten(1).topk(max(limits)).values.double()
     return torch.stack([largest[:, :limit].mean(1) for limit in limits])
-
-
-def find_regions(map_hw: np.ndarray, threshold: float) -> list[Region]:
-    """Connected parts (8-connectivity) of one map above `threshold`, largest peak first."""
-    labels, count = ndimage.label(map_hw > threshold, structure=np.ones((3, 3)))
-    if count == 0:
-        return []
-    index = np.arange(1, count + 1)
-    areas = ndimage.sum_labels(np.ones_like(map_hw, dtype=np.float64), labels, index)
-    peaks = ndimage.maximum(map_hw, labels, index)
-    found = [
-        Region(xs.start, ys.start, xs.stop - xs.start, ys.stop - ys.start, int(area), float(peak))
-        for (ys, xs), area, peak in zip(ndimage.find_objects(labels), areas, peaks, strict=True)
-    ]
-    return sorted(found, key=lambda region: -region.peak)
 
 
 class Scorer:

@@ -6,7 +6,7 @@ import matplotlib as mpl
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pipeline.batch import committed_shards
+from pipeline.batch_plan import committed_shards
 from pipeline.evaluation import EvaluationPlan
 from pipeline.images import decode, decode_mask, encode_png, resize, resize_mask
 from pipeline.results import iter_maps, read_scores

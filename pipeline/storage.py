@@ -12,15 +12,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
-from uuid import uuid4
 
 import fsspec
 import pyarrow as pa
@@ -28,13 +25,11 @@ import pyarrow.fs
 
 from pipeline import fsspec_files, local_files, s3_objects
 from pipeline.errors import UserError
-from pipeline.s3_options import s3_endpoint, s3_filesystem
-from pipeline.storage_errors import STORAGE_ERRORS, explain, missing_bucket
+from pipeline.s3_options import s3_filesystem
 from pipeline.stored import Stored
 
 # Reading ahead by s3fs's default of 50 MiB wastes traffic in a zip and memory in an actor.
 READ_BLOCK_BYTES = 8 * 2**20
-READ_THREADS = 16
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 
@@ -54,7 +49,7 @@ class Location:
     """One file or folder. Holds nothing but its URI, so it hashes, pickles and travels to any worker.
 
     Missing files raise FileNotFoundError on reading; errors of the storage pass through as it raises them
-    (see :func:`require_exists` and :func:`require_writable` for what a user should read).
+    (:mod:`pipeline.storage_checks` has what a user should read).
     """
 
     uri: str
@@ -100,6 +95,10 @@ class Location:
     @property
     def is_local(self) -> bool:
         return _SCHEME.match(self.uri) is None
+
+    @property
+    def is_s3(self) -> bool:
+        return self.uri.startswith("s3://")
 
     @property
     def name(self) -> str:
@@ -162,7 +161,7 @@ class Location:
         if self.is_local:
             return Path(self.uri).open("rb")
         filesystem, path = _filesystem(self.uri)
-        if _is_s3(self.uri):
+        if self.is_s3:
             return cast(BinaryIO, s3_objects.ObjectReader(filesystem, path, block_size=READ_BLOCK_BYTES))
         return cast(BinaryIO, filesystem.open(path, "rb", block_size=READ_BLOCK_BYTES))
 
@@ -170,7 +169,7 @@ class Location:
         if self.is_local:
             return Path(self.uri).read_bytes()
         filesystem, path = _filesystem(self.uri)
-        if _is_s3(self.uri):
+        if self.is_s3:
             return s3_objects.read_stored(filesystem, path).data
         return bytes(filesystem.cat_file(path))
 
@@ -179,7 +178,7 @@ class Location:
         if self.is_local:
             return local_files.read_stored(Path(self.uri))
         filesystem, path = _filesystem(self.uri)
-        return (s3_objects if _is_s3(self.uri) else fsspec_files).read_stored(filesystem, path)
+        return (s3_objects if self.is_s3 else fsspec_files).read_stored(filesystem, path)
 
     def read_json(self) -> Any:
         return json.loads(self.read_bytes())
@@ -204,7 +203,7 @@ class Location:
         if self.is_local:
             return local_files.create(Path(self.uri), data)
         filesystem, path = _filesystem(self.uri)
-        return (s3_objects if _is_s3(self.uri) else fsspec_files).create(filesystem, path, data)
+        return (s3_objects if self.is_s3 else fsspec_files).create(filesystem, path, data)
 
     def replace_if(self, version: str, data: bytes) -> bool:
         """Replaces that version of the file, as safe as :meth:`create_bytes` (on S3 by If-Match).
@@ -214,14 +213,14 @@ class Location:
         if self.is_local:
             return local_files.replace_if(Path(self.uri), version, data)
         filesystem, path = _filesystem(self.uri)
-        return (s3_objects if _is_s3(self.uri) else fsspec_files).replace_if(filesystem, path, version, data)
+        return (s3_objects if self.is_s3 else fsspec_files).replace_if(filesystem, path, version, data)
 
     def remove_if(self, version: str) -> bool:
         """Removes that version of the file, like :meth:`replace_if`. Returns whether it did."""
         if self.is_local:
             return local_files.remove_if(Path(self.uri), version)
         filesystem, path = _filesystem(self.uri)
-        return (s3_objects if _is_s3(self.uri) else fsspec_files).remove_if(filesystem, path, version)
+        return (s3_objects if self.is_s3 else fsspec_files).remove_if(filesystem, path, version)
 
     def write_json(self, value: Any) -> None:
         """Like :meth:`write_bytes`: indented, keys sorted, so that two versions compare line by line."""
@@ -321,56 +320,14 @@ class Location:
         return sorted(Location(f"{base}/{name}") for name in inside if name and not name.endswith("/"))
 
 
-def require_exists(location: Location, what: str) -> None:
-    """Raises UserError, naming ``what`` (say "dataset") and the URI, unless a file or folder is there."""
-    try:
-        if location.exists():
-            return
-        bucket = Location("/".join(location.uri.split("/", 3)[:3]))
-        bucket_missing = _is_s3(location.uri) and not bucket.exists()
-    except STORAGE_ERRORS as error:
-        raise UserError(f"{what} {location} cannot be read: {explain(location.uri, error, s3_endpoint())}") from error
-    advice = missing_bucket(location.uri, s3_endpoint()) if bucket_missing else "check the path"
-    raise UserError(f"{what} {location} does not exist: {advice}")
-
-
-def require_writable(location: Location) -> None:
-    """Writes and removes a probe file in the folder, made where absent. Raises UserError if it cannot."""
-    probe = location / f".probe-{uuid4().hex}"
-    try:
-        if location.is_file():
-            raise UserError(f"{location} is a file: name a folder to write to")
-        probe.write_bytes(b"")
-        probe.remove()
-    except STORAGE_ERRORS as error:
-        raise UserError(f"cannot write to {location}: {explain(location.uri, error, s3_endpoint())}") from error
-
-
-def read_files(files: Sequence[Location]) -> list[bytes | Exception]:
-    """The content of each file, or the error that reading it raised; many at a time, for small files far away."""
-
-    def content(file: Location) -> bytes | Exception:
-        try:
-            return file.read_bytes()
-        except STORAGE_ERRORS as error:
-            return error
-
-    with ThreadPoolExecutor(READ_THREADS) as threads:
-        return list(threads.map(content, files))
-
-
 def _filesystem(uri: str) -> tuple[Any, str]:
     """The fsspec file system of a URI that is not local, and the path that it uses for it."""
-    if _is_s3(uri):
+    if uri.startswith("s3://"):
         # Not url_to_fs: it takes "::" in a key for a chain of file systems.
         return s3_filesystem(), uri.removeprefix("s3://")
     # Listings are not cached, since other nodes write what we read.
     filesystem, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
     return filesystem, path
-
-
-def _is_s3(uri: str) -> bool:
-    return uri.startswith("s3://")
 
 
 def _file_info(file: Location) -> FileInfo | None:

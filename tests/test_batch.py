@@ -17,20 +17,7 @@ import pytest
 from ray.util.metrics import Counter
 
 from pipeline.archives import Archive
-from pipeline.batch import (
-    BatchPlan,
-    ScoringActor,
-    ShardOutcome,
-    Workers,
-    _on_photograph,
-    all_committed_shards,
-    committed_shards,
-    decode_shard,
-    earlier_outcomes,
-    list_archive,
-    read_unit,
-    total,
-)
+from pipeline.batch_plan import BatchPlan, Workers, all_committed_shards, committed_shards
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.images import encode_png
@@ -38,9 +25,11 @@ from pipeline.model_store import ModelInfo
 from pipeline.ray_session import Resources
 from pipeline.results import FailureRow, ScoreRow, write_shard
 from pipeline.run_record import run_record
-from pipeline.scoring import Region
+from pipeline.shard_reading import decode_shard, list_archive, read_unit
+from pipeline.shard_scoring import ScoringActor
 from pipeline.storage import Location
 from pipeline.telemetry import ScoringTelemetry
+from pipeline.totals import ShardOutcome, earlier_outcomes, total
 
 
 @pytest.fixture
@@ -335,11 +324,6 @@ def test_the_size_of_an_archive_is_that_of_its_files(plan: BatchPlan, tmp_path: 
     )
     (tmp_path / "night.tar").write_bytes(b"12345")
     assert Archive(Location.parse(tmp_path / "night.tar"), "tar", "cloth").size() == 5
-
-
-def test_regions_stay_on_the_photograph() -> None:
-    region = _on_photograph(Region(x=255, y=0, width=1, height=256, area=256, peak=1.0), 0.5, 2.0)
-    assert (region.x, region.width, region.y, region.height) == (127, 1, 0, 512)
 
 
 def test_reading_always_keeps_part_of_a_cpu() -> None:

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from pipeline import progress
-from pipeline.batch import ShardOutcome, total
 from pipeline.progress import LOG_EVERY, ScoringProgress, duration_text, show_totals, size_text
+from pipeline.totals import ShardOutcome, total
 
 MIB = 2**20
 

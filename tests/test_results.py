@@ -21,11 +21,11 @@ from moto.server import ThreadedMotoServer
 
 from pipeline.errors import UserError
 from pipeline.map_tables import MapFormat, maps_schema
+from pipeline.regions import Region
 from pipeline.results import (
     FAILURES_SCHEMA,
     SCORES_SCHEMA,
     FailureRow,
-    Region,
     ScoreRow,
     finished_shards,
     iter_maps,

@@ -7,12 +7,11 @@ import pytest
 import torch
 from scipy import ndimage
 
+from pipeline.regions import find_regions
 from pipeline.scoring import (
     Denoiser,
-    Region,
     Scorer,
     denoising_cells,
-    find_regions,
     fixed_noise,
     gaussian_blur,
     top_means,
@@ -183,29 +182,3 @@ def test_top_means_are_the_means_of_the_largest_values():
     assert found.dtype == torch.float64
     expected = [ordered[:, -7:].mean(axis=1), ordered[:, -1], ordered.mean(axis=1)]  # never more than there are
     np.testing.assert_allclose(found, np.stack(expected), rtol=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_regions_are_8_connected_and_sorted_by_peak(dtype):
-    drawing = """
-        . . . . . . . .
-        . 2 . . . . . 9
-        . . 3 . . . . .
-        . . . 2 . 1 1 .
-        . . . . . . . .
-        5 . . . . . . .
-    """
-    rows = drawing.replace(".", "0").split()
-    found = find_regions(np.array(rows, dtype).reshape(6, 8), 1.0)
-    assert found == [
-        Region(x=7, y=1, width=1, height=1, area=1, peak=9.0),
-        Region(x=0, y=5, width=1, height=1, area=1, peak=5.0),
-        Region(x=1, y=1, width=3, height=3, area=3, peak=3.0),
-    ]
-    assert all(type(value) in (int, float) for region in found for value in region)
-
-
-def test_a_map_below_the_threshold_has_no_region():
-    assert find_regions(np.full((4, 4), 1.5, np.float16), 1.5) == []
-    (whole,) = find_regions(np.full((4, 5), 1.5, np.float16), 1.4)
-    assert whole == Region(x=0, y=0, width=5, height=4, area=20, peak=1.5)

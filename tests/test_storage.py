@@ -16,7 +16,8 @@ from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 from pipeline.errors import UserError
-from pipeline.storage import Location, require_exists, require_writable
+from pipeline.storage import Location
+from pipeline.storage_checks import require_exists, require_writable
 from tests.s3_server import BUCKET
 
 ODD_NAMES = [

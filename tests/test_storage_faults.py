@@ -21,7 +21,8 @@ from pipeline import s3_objects, s3_options
 from pipeline.archives import Archive, read_shards, read_units
 from pipeline.errors import UserError
 from pipeline.s3_objects import ObjectChangedError
-from pipeline.storage import Location, require_exists, require_writable
+from pipeline.storage import Location
+from pipeline.storage_checks import require_exists, require_writable
 from pipeline.tar_members import stream_tar
 from tests.fault_proxy import BODY_FAULTS, Fault, FaultProxy, fault_proxy
 from tests.s3_server import BUCKET
