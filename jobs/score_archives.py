@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
+from functools import partial
 
 from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
 
@@ -82,7 +83,7 @@ def score(options: Options) -> int:
     require_writable(results)
     try:
         # Planned within the lock: what it waits for may change archives, models and what is done.
-        with hold_night(results, night, wait=options.wait) as lock:
+        with hold_night(results, night, wait=options.wait, tell=partial(console.print, markup=False)) as lock:
             plan = plan_night(options, results, night)
             sizes = [archive.size() for archive in plan.archives]
             show_plan(plan, sizes)

@@ -19,7 +19,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -33,6 +33,7 @@ from pipeline.stored import Stored
 
 _RENEWALS_PER_LIFE = 6
 _LONGEST_POLL_S = 5.0
+_ADVICE = "try again when it has ended; the lock of a killed run expires by itself"
 _CLOCK_STEP_S = 1.0  # S3 tells times in whole seconds
 
 
@@ -126,14 +127,17 @@ class NightLock:
 
 
 @contextmanager
-def hold_night(results: Location, night: str, *, wait: bool, expiry_s: float = 60.0) -> Iterator[NightLock]:
+def hold_night(
+    results: Location, night: str, *, wait: bool, expiry_s: float = 60.0, tell: Callable[[str], None] = lambda _: None
+) -> Iterator[NightLock]:
     """Holds the lock of the night: ask ``lost`` or call ``check()`` between steps of the work.
 
-    Another run's lock raises UserError, or with ``wait`` is waited for, however long. ``expiry_s``: after so many
-    seconds without renewal others may take over. Raises LockLostError at the end of work that did not notice.
+    Another run's lock raises UserError, or with ``wait`` is waited for, however long; ``tell`` is then called once.
+    ``expiry_s``: after so many seconds without renewal others may take over. Raises LockLostError at the end of
+    work that did not notice.
     """
     file = results / "locks" / f"night={quote(night, safe='')}.json"
-    lock = _acquire(file, night, wait=wait, expiry_s=expiry_s)
+    lock = _acquire(file, night, wait=wait, expiry_s=expiry_s, tell=tell)
     try:
         yield lock
         lock.check()
@@ -141,9 +145,10 @@ def hold_night(results: Location, night: str, *, wait: bool, expiry_s: float = 6
         lock.release()
 
 
-def _acquire(file: Location, night: str, *, wait: bool, expiry_s: float) -> NightLock:
+def _acquire(file: Location, night: str, *, wait: bool, expiry_s: float, tell: Callable[[str], None]) -> NightLock:
     now = datetime.now(UTC)
     ours = Holder(uuid4().hex, socket.gethostname(), os.getpid(), now, now, expiry_s)
+    told = False
     while True:
         asked_s = time.monotonic()
         ours = _renewed(ours)
@@ -157,9 +162,12 @@ def _acquire(file: Location, night: str, *, wait: bool, expiry_s: float) -> Nigh
             if file.replace_if(stored.version, ours.encoded()):
                 return NightLock(file, night, ours, asked_s)
         elif wait:
+            if not told:
+                tell(f"waiting: night {night} is {_description(_holder(stored), file)}")
+                told = True
             time.sleep(random.uniform(0.5, 1.0) * min(expiry_s / _RENEWALS_PER_LIFE, _LONGEST_POLL_S))
         else:
-            raise UserError(f"night {night} is {_description(_holder(stored), file)}")
+            raise UserError(f"night {night} is {_description(_holder(stored), file)}: {_ADVICE}")
 
 
 def _is_free(stored: Stored, expiry_s: float) -> bool:
@@ -185,9 +193,8 @@ def _holder(stored: Stored) -> Holder | None:
 
 def _description(holder: Holder | None, file: Location) -> str:
     if holder is None:
-        return f"locked by {file}, which is no lock that this version knows: remove the file if no run is under way"
+        return f"locked by {file}, which is no lock of this version: to be removed by hand if no run is under way"
     return (
         f"in work by another run (host {holder.host}, process {holder.pid}, since {holder.since:%Y-%m-%d %H:%M:%S}, "
-        f"lock expires {holder.expires:%Y-%m-%d %H:%M:%S} UTC unless renewed): wait until it ends; "
-        "the lock of a killed run expires by itself"
+        f"lock expires {holder.expires:%Y-%m-%d %H:%M:%S} UTC unless renewed)"
     )

@@ -86,7 +86,11 @@ def _finished(row: dict[str, Any], plan: BatchPlan) -> set[str]:
 
 
 def _require_unchanged(archive: Archive) -> None:
-    """Raises OSError where the file is not the one that the plan was made for: rows of two versions must not mix."""
+    """Raises OSError where the file is not the one that the plan was made for: rows of two versions must not mix.
+
+    A folder into which images still land is not refused, or it might never be scored: each row speaks of the file as
+    it was read, and the next run finds another fingerprint and scores the folder anew.
+    """
     if archive.kind != "folder" and archive.location.fingerprint() != archive.fingerprint:
         raise OSError("it was replaced after the run began")
 

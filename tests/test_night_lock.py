@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier, Event
@@ -141,9 +142,19 @@ def test_a_storage_out_of_reach_for_less_than_the_expiry_loses_nothing(
     assert s3.files(recursive=True) == []
 
 
+def test_who_waits_is_told_once_for_whom(results: Location) -> None:
+    told: list[str] = []
+    with hold_night(results, NIGHT, wait=False) as first:
+        threading.Timer(2, first.release).start()
+        with hold_night(results, NIGHT, wait=True, expiry_s=3, tell=told.append):
+            pass
+    (line,) = told
+    assert f"process {os.getpid()}" in line
+
+
 def test_a_file_that_is_no_lock_is_left_alone(results: Location) -> None:
     _file(results).write_bytes(b"not ours")
-    with pytest.raises(UserError, match="remove the file"), hold_night(results, NIGHT, wait=False):
+    with pytest.raises(UserError, match="removed by hand"), hold_night(results, NIGHT, wait=False):
         pytest.fail("took a file that it does not know")
     assert _file(results).read_bytes() == b"not ours"
 
