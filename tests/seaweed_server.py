@@ -12,8 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -31,46 +30,88 @@ _IDENTITIES = {
 }
 
 
-@dataclass(frozen=True)
 class Seaweed:
-    url: str
+    """One server with its data in a folder; it keeps ports and data when it is killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        services = ("master", "volume", "filer", "s3", "admin")
+        names = [f"{service}.port{kind}" for service in services for kind in ("", ".grpc")]
+        self._folder = folder
+        self._ports = dict(zip(names, _free_ports(len(names)), strict=True))
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"http://127.0.0.1:{self._ports['s3.port']}"
+        (folder / "s3.json").write_text(json.dumps({"identities": [_identity(name) for name in _IDENTITIES]}))
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        folder, log = self._folder, self._folder / "log.txt"
+        options = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}", f"-s3.config={folder / 's3.json'}"]
+        options += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        options += ["-s3.autoCreateBucket=false", "-master.telemetry=false"]
+        options += [f"-{name}={port}" for name, port in self._ports.items()]
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_", "WEED_"))
+        }
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [_weed(), "mini", *options],
+                cwd=folder,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_die_with_parent,
+            )
+        _wait_until_ready(self._process, self.url, log)
+
+    def kill(self) -> None:
+        """SIGKILL: its own shutdown may take minutes."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        for port in self._ports.values():  # it puts its sockets there whatever -dir says
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left.unlink(missing_ok=True)
 
     def key(self, user: str) -> tuple[str, str]:
         """Access key and secret of the user "owner" or "reader"."""
         return _IDENTITIES[user][:2]
 
+    def environment(self, key: str, secret: str) -> dict[str, str]:
+        """The variables of a user who reaches it."""
+        return {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": key,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_CONFIG_FILE": os.devnull,
+        }
+
+
+@contextmanager
+def seaweed_server(folder: Path) -> Iterator[Seaweed]:
+    """A running server without buckets."""
+    server = Seaweed(folder)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+def new_bucket() -> Location:
+    """An empty bucket on the server that the environment names."""
+    bucket = f"inspection-{uuid4().hex}"
+    boto3.Session().client("s3").create_bucket(Bucket=bucket)
+    return Location.parse(f"s3://{bucket}")
+
 
 @pytest.fixture(scope="session")
 def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    """A running server without buckets. Killed at the end: its own shutdown may take minutes."""
-    folder = tmp_path_factory.mktemp("weed")
-    services = ("master", "volume", "filer", "s3", "admin")
-    ports = dict(zip([f"{s}.port{kind}" for s in services for kind in ("", ".grpc")], _free_ports(10), strict=True))
-    (folder / "s3.json").write_text(json.dumps({"identities": [_identity(name) for name in _IDENTITIES]}))
-    options = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={folder}", f"-s3.config={folder / 's3.json'}"]
-    options += ["-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-    options += ["-s3.autoCreateBucket=false", "-master.telemetry=false"]
-    options += [f"-{name}={port}" for name, port in ports.items()]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_", "WEED_"))}
-    with (folder / "log.txt").open("wb") as log:
-        process = subprocess.Popen(
-            [_weed(), "mini", *options],
-            cwd=folder,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_parent,
-        )
-    url = f"http://127.0.0.1:{ports['s3.port']}"
-    try:
-        _wait_until_ready(process, url, folder / "log.txt")
-        yield Seaweed(url)
-    finally:
-        process.kill()
-        process.wait()
-        for port in ports.values():  # it puts its sockets there whatever -dir says
-            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
-                left.unlink(missing_ok=True)
+    """A running server without buckets."""
+    with seaweed_server(tmp_path_factory.mktemp("weed")) as server:
+        yield server
 
 
 @pytest.fixture
@@ -80,16 +121,7 @@ def seaweed_user(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         monkeypatch.delenv(name)
 
     def use(key: str, secret: str) -> None:
-        settings = {
-            "AWS_ENDPOINT_URL": seaweed.url,
-            "AWS_ACCESS_KEY_ID": key,
-            "AWS_SECRET_ACCESS_KEY": secret,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            "AWS_CONFIG_FILE": os.devnull,
-        }
-        for name, value in settings.items():
+        for name, value in seaweed.environment(key, secret).items():
             monkeypatch.setenv(name, value)
         S3FileSystem.clear_instance_cache()  # a live client keeps the credentials that it began with
 
@@ -102,9 +134,7 @@ def seaweed_user(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 def seaweed_s3(seaweed: Seaweed, seaweed_user: Callable[[str, str], None]) -> Location:
     """An empty bucket of the owner, who is the user of this process."""
     seaweed_user(*seaweed.key("owner"))
-    bucket = f"inspection-{uuid4().hex}"
-    boto3.Session().client("s3").create_bucket(Bucket=bucket)
-    return Location.parse(f"s3://{bucket}")
+    return new_bucket()
 
 
 def _die_with_parent() -> None:
