@@ -2,8 +2,10 @@
 
     python -m tests.chaos --runs 20
 
-Each run kills scoring actors, reading and decoding workers, the raylet or the whole job at seeded numbers of committed shards,
-starts the job again until it ends by itself, and compares the tables: nothing lost, nothing twice, nothing different.
+Each run kills two things at seeded numbers of committed shards, starts the job again until it ends by itself, and
+compares the tables: nothing lost, nothing twice, nothing different. Even runs have Ray and their results on this
+machine and kill scoring actors, reading and decoding workers, the raylet or the whole job. Odd runs read from and write
+to an S3 server, work on a cluster of two nodes, and may also lose the second node or the server.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import argparse
 import io
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,18 +22,27 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pyarrow.dataset as ds
+from ray.cluster_utils import Cluster
 
 from pipeline.images import encode_png
+from pipeline.storage import Location
 from pipeline.textures import photograph
 from tests.job_runs import ROOT, job, make_dataset, succeeded, train_tiny
+from tests.seaweed_server import Seaweed, new_bucket, seaweed_server
 
 ARCHIVES, IMAGES, SHARD_IMAGES = 3, 24, 3
 TARGETS = ("actor", "worker", "raylet", "job")
+CLUSTER_TARGETS = ("actor", "worker", "node", "server", "job")
+
+Kill = Callable[[int, str], bool]
+"""kill(process of the job, target): False where there is no such thing to kill right now."""
 
 
 def make_night(folder: Path) -> Path:
@@ -59,25 +69,28 @@ def make_night(folder: Path) -> Path:
     return folder
 
 
-def arguments(night: Path, models: Path, results: Path) -> list[object]:
+def arguments(night: Location, models: Path, results: Location) -> list[object]:
     return [
         *("--archives", night, "--models", models, "--results", results, "--night", "2026-01-31"),
         *("--shard-images", SHARD_IMAGES, "--max-failure-fraction", 1, "--wait"),
     ]
 
 
-def tables(results: Path) -> dict[str, list[tuple[object, ...]]]:
+def tables(results: Location) -> dict[str, list[tuple[object, ...]]]:
     """All rows of scores, maps and failures, sorted, without the time of scoring."""
     found = {}
     for name in ("scores", "maps", "failures"):
-        table = ds.dataset(results / name, partitioning="hive").to_table()
+        filesystem, path = (results / name).arrow_filesystem()
+        table = ds.dataset(path, filesystem=filesystem, partitioning="hive").to_table()
         kept = [column for column in table.column_names if column != "scored_at"]
         rows = [tuple(str(row[column]) for column in kept) for row in table.to_pylist()]
         found[name] = sorted(rows)
     return found
 
 
-def disturbed(night: Path, models: Path, results: Path, targets: list[str], rng: random.Random) -> int:
+def disturbed(
+    night: Location, models: Path, results: Location, targets: list[str], rng: random.Random, kill: Kill
+) -> int:
     """Run the night, killing one target after the other; returns how often the job was started."""
     shards, starts = ARCHIVES * IMAGES // SHARD_IMAGES, 0
     waiting = [*targets]
@@ -102,16 +115,16 @@ def disturbed(night: Path, models: Path, results: Path, targets: list[str], rng:
             raise AssertionError(f"not done after {starts} starts:\n{output}")
 
 
-def committed(results: Path) -> int:
-    return sum(1 for _ in (results / "scores").rglob("*.parquet"))
+def committed(results: Location) -> int:
+    return sum(1 for file in (results / "scores").files(recursive=True) if file.name.endswith(".parquet"))
 
 
-def kill(pid: int, target: str) -> bool:
-    """SIGKILL one process of this kind below the job; False where there is none right now."""
+def kill_process(job: int, target: str) -> bool:
+    """SIGKILL one process of this kind, of Ray below this process; False where there is none right now."""
     if target == "job":
-        os.killpg(pid, signal.SIGKILL)
+        os.killpg(job, signal.SIGKILL)
         return True
-    for process in psutil.Process(pid).children(recursive=True):
+    for process in psutil.Process().children(recursive=True):
         try:
             if _kind(process.cmdline()) == target:
                 process.kill()
@@ -129,6 +142,33 @@ def _kind(command: list[str]) -> str | None:
     return "raylet" if title.endswith("/raylet") else None
 
 
+@contextmanager
+def two_nodes(server: Seaweed) -> Iterator[Kill]:
+    """A cluster of two nodes for jobs to work on; what kills there, and puts a new node or server in the place of the old."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = [cluster.add_node(num_cpus=1)]
+    os.environ["RAY_ADDRESS"] = cluster.address
+
+    def kill(job: int, target: str) -> bool:
+        if target == "node":
+            cluster.remove_node(second.pop(), allow_graceful=False)
+            time.sleep(2)
+            second.append(cluster.add_node(num_cpus=1))
+        elif target == "server":
+            server.kill()
+            time.sleep(2)
+            server.start()
+        else:
+            return kill_process(job, target)
+        return True
+
+    try:
+        yield kill
+    finally:
+        del os.environ["RAY_ADDRESS"]
+        cluster.shutdown()
+
+
 def differences(
     found: dict[str, list[tuple[object, ...]]], expected: dict[str, list[tuple[object, ...]]]
 ) -> Counter[str]:
@@ -141,29 +181,46 @@ def differences(
     return +counted
 
 
+def chaos(runs: range, night: Path, models: Path, results: Path, server: Seaweed) -> int:
+    """Disturb so many nights; returns how many rows were lost, doubled or different in all of them."""
+    bucket = new_bucket()
+    for file in Location.parse(night).files(recursive=True):
+        (bucket / "night" / file.relative_to(Location.parse(night))).write_bytes(file.read_bytes())
+    places = [(Location.parse(night), Location.parse(results)), (bucket / "night", bucket / "results")]
+    expected = []
+    for where, kept in places:
+        succeeded(job("score_archives", *arguments(where, models, kept / "calm")))
+        expected.append(tables(kept / "calm"))
+    worst = 0
+    for seed in runs:
+        rng = random.Random(seed)
+        where, kept = places[seed % 2]
+        targets = rng.choices(CLUSTER_TARGETS if seed % 2 else TARGETS, k=2)
+        with two_nodes(server) if seed % 2 else nullcontext(kill_process) as kill:
+            starts = disturbed(where, models, kept / "disturbed", targets, rng, kill)
+        found = differences(tables(kept / "disturbed"), expected[seed % 2])
+        worst += found.total()
+        (kept / "disturbed").remove_tree()
+        sys.stdout.write(f"seed {seed}: killed {', '.join(targets)}; {starts} starts; differences {dict(found)}\n")
+        sys.stdout.flush()
+    return worst
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         models = train_tiny(make_dataset(root / "dataset"), root / "models")
-        night = make_night(root / "night")
-        succeeded(job("score_archives", *arguments(night, models, root / "calm")))
-        expected = tables(root / "calm")
-        worst: Counter[str] = Counter()
-        for seed in range(options.seed, options.seed + options.runs):
-            rng = random.Random(seed)
-            targets = rng.choices(TARGETS, k=2)
-            starts = disturbed(night, models, root / "disturbed", targets, rng)
-            found = differences(tables(root / "disturbed"), expected)
-            worst += found
-            shutil.rmtree(root / "disturbed")
-            sys.stdout.write(f"seed {seed}: killed {', '.join(targets)}; {starts} starts; differences {dict(found)}\n")
-            sys.stdout.flush()
-        sys.stdout.write(f"{options.runs} runs, rows lost, doubled or different: {worst.total()}\n")
-        sys.exit(1 if worst else 0)
+        (root / "server").mkdir()
+        with seaweed_server(root / "server") as server:
+            os.environ.update(server.environment(*server.key("owner")))
+            runs = range(options.seed, options.seed + options.runs)
+            worst = chaos(runs, make_night(root / "night"), models, root / "results", server)
+    sys.stdout.write(f"{options.runs} runs, rows lost, doubled or different: {worst}\n")
+    sys.exit(1 if worst else 0)
 
 
 if __name__ == "__main__":

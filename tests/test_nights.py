@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.storage import Location
 from tests.bad_inputs import write_corpus
-from tests.chaos import arguments, differences, disturbed, make_night, tables
+from tests.chaos import arguments, differences, disturbed, kill_process, make_night, tables
 from tests.job_runs import ROOT, job, rows
 
 pytestmark = pytest.mark.slow
@@ -38,10 +38,10 @@ def test_every_bad_input_is_told_and_every_good_image_beside_it_is_scored(models
 
 
 def test_a_night_has_one_run_at_a_time_and_kills_leave_no_trace(models: Path, tmp_path: Path) -> None:
-    night, calm = make_night(tmp_path / "night"), tmp_path / "calm"
+    night, calm = Location.parse(make_night(tmp_path / "night")), Location.parse(tmp_path / "calm")
     command = [sys.executable, str(ROOT / "jobs/score_archives.py"), *map(str, arguments(night, models, calm))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
-        lock = Location.parse(calm) / "locks/night=2026-01-31.json"
+        lock = calm / "locks/night=2026-01-31.json"
         while not lock.exists():
             assert first.poll() is None, "the first run ended before it held its night"
             time.sleep(0.05)
@@ -54,6 +54,7 @@ def test_a_night_has_one_run_at_a_time_and_kills_leave_no_trace(models: Path, tm
     expected = tables(calm)
     assert (len(expected["scores"]), len(expected["failures"])) == (63, 9)
 
-    starts = disturbed(night, models, tmp_path / "disturbed", ["actor", "job"], random.Random(0))
+    again = Location.parse(tmp_path / "disturbed")
+    starts = disturbed(night, models, again, ["actor", "job"], random.Random(0), kill_process)
     assert starts == 2, "the actor comes back by itself, the job is started again"
-    assert not differences(tables(tmp_path / "disturbed"), expected)
+    assert not differences(tables(again), expected)
