@@ -11,12 +11,14 @@ import torch
 from rich.table import Table
 from scipy import stats
 
-from pipeline.calibration import Choice, fit_measures, judge, judged_images, measured
+from pipeline.calibration import measured
+from pipeline.choice import Choice, Judged, judge, judged_images
 from pipeline.command import OK, console, run
 from pipeline.datasets import Layout, detect_layout, labelled_records, training_records
 from pipeline.errors import UserError
 from pipeline.fit import split_holdout
 from pipeline.images import ImageError, decode_mask, resize_mask
+from pipeline.measures import fit_measures
 from pipeline.model_store import load_scorer, model_categories, model_info
 from pipeline.selection import summary
 from pipeline.storage import Location
@@ -104,12 +106,12 @@ def study_category(
                 mask[:] = resize_mask(decode_mask(record.mask.read_bytes()), side)
             except ImageError as error:
                 raise UserError(f"{record.mask}: {error}: replace it") from error
-    implants, truth = judged_images(normal[held_out], config.training.seed)
+    implants = judged_images(normal[held_out], config.training.seed)
     measures = fit_measures(scorer, normal[training])
     rows = []
-    for images, found in ((implants, truth), (labelled, masks)):
-        candidates = measured(scorer, measures, normal[held_out], images)
-        rows.append([choice for candidate in candidates for choice in judge(scorer, candidate, found)])
+    for judged in (implants, Judged(labelled, masks, np.ones((1, len(labelled)), bool))):
+        candidates = measured(scorer, measures, normal[held_out], judged.images)
+        rows.append([choice for candidate in candidates for choice in judge(scorer, candidate, judged)])
     entries = [row(*pair) for pair in zip(*rows, strict=True)]
     return [entry | {"chosen": kept.items() <= entry.items()} for entry in entries]
 

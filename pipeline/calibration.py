@@ -7,65 +7,22 @@ measured on the images that shaped it, a Gaussian would promise fewer false alar
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from scipy import special, stats
-from torch import Tensor
 
+from pipeline.choice import Candidate, Choice, judge, judged_images
 from pipeline.config import ScoringConfig
-from pipeline.gaussian import Moments, NormalGaussian, general_gaussian, place_gaussians, place_projection
-from pipeline.metrics import LocalizationMetrics, auroc, score_counts
-from pipeline.scoring import (
-    BranchMaps,
-    Calibration,
-    Evidence,
-    Measure,
-    Scorer,
-    stored_map,
-    top_means,
-)
-from pipeline.textures import DEFECTS, implant
+from pipeline.measures import evidence_of, fit_measures
+from pipeline.scoring import BranchMaps, Calibration, Measure, Scorer
 
-ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-"""Weights of the pixel branch that are tried where a model chooses its own; the first of equals wins."""
-CONTEXT_WEIGHTS = (0.0, 0.25, 0.5)
-"""Weights of the context in the feature branch that are tried where a model chooses its own."""
-TOP_PIXELS = (64, 256, 1024, 4096)
-"""Counts of largest map values in the image score that are tried where a model chooses its own."""
-GENERAL_IMAGES = 32
-"""Training photographs that shape the Gaussians for all places."""
-DEFECTS_PER_IMAGE = 3
-"""Implanted versions of every held-out image that choices are made on."""
 SMALLEST_DEVIATION = 1e-6
 """Stands in for no deviation at all."""
 LATE = ("alpha", "map_sigma", "normalisation", "top_pixels")
 """Scoring settings that change nothing before the branches are combined."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One way of scoring, and how well it finds implanted defects among held-out normal images."""
-
-    scoring: ScoringConfig
-    covariance: str
-    """none, general or place: what measured the features."""
-    subtract_prediction: bool
-    context_weight: float
-    alpha: float
-    top_pixels: int
-    pixel_auroc: float
-    pro: float
-    """Up to a false-positive rate of 0.3."""
-    image_auroc: float
-
-    @property
-    def merit(self) -> float:
-        """What decides: the sum of the three."""
-        return self.pixel_auroc + self.pro + self.image_auroc
 
 
 def calibrate(
@@ -79,7 +36,7 @@ def calibrate(
     Of the `variants` of its scoring settings (by default only its own), and of what they leave open (null or "select"), the
     way that finds implanted defects best is kept. n >= 2 photographs are held out. Returns all that was tried, best first.
     """
-    images, truth = judged_images(held_out_nhwc, scorer.config.training.seed)
+    judged = judged_images(held_out_nhwc, scorer.config.training.seed)
     tried: list[Choice] = []
     best: tuple[Choice, Calibration] | None = None
     ordered = sorted(variants or (scorer.config.scoring,), key=_early)
@@ -88,9 +45,11 @@ def calibrate(
         candidates: list[Candidate] = []
         for scoring in group:
             scorer.configure(scorer.config.model_copy(update={"scoring": scoring}))
-            candidates = candidates or measured(scorer, fit_measures(scorer, training_nhwc), held_out_nhwc, images)
+            candidates = candidates or measured(
+                scorer, fit_measures(scorer, training_nhwc), held_out_nhwc, judged.images
+            )
             for candidate in candidates:
-                for choice in judge(scorer, candidate, truth):
+                for choice in judge(scorer, candidate, judged):
                     tried.append(choice)
                     if best is None or choice.merit > best[0].merit:
                         best = choice, candidate.calibration
@@ -107,13 +66,6 @@ def _early(scoring: ScoringConfig) -> str:
     return scoring.model_dump_json(exclude=set(LATE))
 
 
-def judged_images(held_out_nhwc: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Held-out images with implanted defects, then as they are, uint8 (m, H, W, 3), and the masks, bool (m, H, W)."""
-    images, masks = implanted(held_out_nhwc, seed)
-    none = np.zeros((len(held_out_nhwc), *masks.shape[1:]), bool)
-    return np.concatenate([images, held_out_nhwc]), np.concatenate([masks, none])
-
-
 def _set_thresholds(scorer: Scorer, calibration: Calibration, held_out_nhwc: np.ndarray) -> None:
     rate = scorer.config.scoring.false_alarm_rate
     normal = scorer.score(held_out_nhwc)
@@ -128,13 +80,6 @@ def _set_thresholds(scorer: Scorer, calibration: Calibration, held_out_nhwc: np.
         false_alarms_low=low,
         false_alarms_high=high,
     )
-
-
-class Candidate(NamedTuple):
-    """A measure, calibrated but for alpha, image score and thresholds, and what it says of images in the order given."""
-
-    calibration: Calibration
-    parts: list[BranchMaps]
 
 
 def measured(
@@ -154,7 +99,7 @@ def measured(
 
 def _branch_maps(scorer: Scorer, measures: Sequence[Measure], images_nhwc: np.ndarray) -> list[list[BranchMaps]]:
     parts: list[list[BranchMaps]] = [[] for _ in measures]
-    for evidence in _evidence(scorer, images_nhwc):
+    for evidence in evidence_of(scorer, images_nhwc):
         for kept, measure in zip(parts, measures, strict=True):
             kept.append(scorer.branch_maps(evidence, measure))
     return parts
@@ -181,126 +126,6 @@ def _statistics(measure: Measure, normal: list[BranchMaps]) -> Calibration:
     )
 
 
-def judge(scorer: Scorer, candidate: Candidate, truth: np.ndarray) -> list[Choice]:
-    """How well a candidate finds defects with each weight of the pixel branch and each image score that the config allows.
-
-    truth: the masks (n, H, W) of its images.
-    """
-    scoring, measure = scorer.config.scoring, candidate.calibration.measure
-    alphas = ALPHAS if scoring.alpha is None else (scoring.alpha,)
-    tops = TOP_PIXELS if scoring.top_pixels is None else (scoring.top_pixels,)
-    metrics = {alpha: LocalizationMetrics() for alpha in alphas}
-    scores: dict[tuple[float, int], list[np.ndarray]] = {pair: [] for pair in itertools.product(alphas, tops)}
-    start = 0
-    for part in candidate.parts:
-        masks = truth[start : start + len(part.pixel)]
-        start += len(part.pixel)
-        branches = scorer.maps(part, candidate.calibration)
-        for alpha, metric in metrics.items():
-            combined = stored_map(alpha * branches.pixel + (1 - alpha) * branches.feature)
-            metric.update(combined.cpu().numpy(), masks)
-            for top, values in zip(tops, top_means(combined.float(), tops), strict=True):
-                scores[alpha, top].append(values.cpu().numpy())
-    covariance = "none" if measure.feature is None else "place" if measure.feature.by_place else "general"
-    results = {alpha: metric.compute() for alpha, metric in metrics.items()}
-    anomalous = np.asarray(truth.any(axis=(1, 2)))
-    return [
-        Choice(
-            scoring=scoring,
-            covariance=covariance,
-            subtract_prediction=measure.subtract_prediction,
-            context_weight=measure.context_weight,
-            alpha=alpha,
-            top_pixels=top,
-            pixel_auroc=results[alpha]["pixel_auroc"],
-            pro=results[alpha]["pro_0.30"],
-            image_auroc=auroc(*score_counts(np.concatenate(found), anomalous)),
-        )
-        for (alpha, top), found in scores.items()
-    ]
-
-
-def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Measure]:
-    """The measures that the config allows, with Gaussians of training photographs, uint8 (n, map_size, map_size, 3)."""
-    scoring, seed = scorer.config.scoring, scorer.config.training.seed
-    subtract = {"subtract": [True], "ignore": [False], "select": [True, False]}[scoring.prediction]
-    general, place = scoring.covariance != "none", scoring.covariance in ("place", "select")
-    stages = scorer.config.features.stages, scorer.config.features.context_stages
-    groups = [scorer.extractor.selector(each).to(scorer.device) for each in stages if each]
-    # What is measured in features: with the prediction subtracted or not, details and then context.
-    parts = [(subtracted, group) for subtracted in subtract for group in groups] if general else []
-
-    def vectors(evidence: Evidence) -> list[Tensor]:
-        return [evidence.residuals if subtracted else evidence.features for subtracted, _ in parts]
-
-    # Every cell is a sample of a general Gaussian: a few images, spread over all, are many.
-    few = training_nhwc[:: max(1, len(training_nhwc) // GENERAL_IMAGES)]
-    of_pixels = Moments(by_place=False)
-    of_features = [Moments(group, by_place=False) for _, group in parts]
-    if general or scoring.pixel == "gaussian":
-        for evidence in _evidence(scorer, few):
-            of_pixels.add(evidence.denoising)
-            for moments, cells in zip(of_features, vectors(evidence), strict=True):
-                moments.add(cells)
-    generals = [general_gaussian(moments) for moments in of_features]
-
-    pixel = None
-    places: list[NormalGaussian] = []
-    if place or scoring.pixel == "gaussian":
-        pixels = None
-        if scoring.pixel == "gaussian":
-            pixels = Moments(general_gaussian(of_pixels).whitening[0], by_place=True)
-        by_place = (
-            [Moments(place_projection(g, scoring.place_dimensions, seed), by_place=True) for g in generals]
-            if place
-            else []
-        )
-        for evidence in _evidence(scorer, training_nhwc):
-            if pixels is not None:
-                pixels.add(evidence.denoising)
-            for moments, cells in zip(by_place, vectors(evidence) if place else [], strict=True):
-                moments.add(cells)
-        if pixels is not None:
-            pixel = place_gaussians(pixels)
-        places = [place_gaussians(moments) for moments in by_place]
-
-    if not general:
-        return [Measure(pixel, None, True)]
-    kept = {"general": [generals], "place": [places], "select": [generals, places]}[scoring.covariance]
-    return [
-        measure
-        for gaussians in kept
-        for i, subtracted in enumerate(subtract)
-        for measure in _mixtures(scoring, pixel, gaussians[i * len(groups) : (i + 1) * len(groups)], subtracted)
-    ]
-
-
-def _mixtures(
-    scoring: ScoringConfig, pixel: NormalGaussian | None, gaussians: Sequence[NormalGaussian], subtract: bool
-) -> list[Measure]:
-    """Measures with each weight of the context that the config allows; gaussians: of details and, if any, of context."""
-    weights: Sequence[float] = (0.0,)
-    if len(gaussians) > 1:
-        weights = CONTEXT_WEIGHTS if scoring.context_weight is None else (scoring.context_weight,)
-    return [
-        Measure(pixel, gaussians[0], subtract, gaussians[1], weight)
-        if weight > 0
-        else Measure(pixel, gaussians[0], subtract)
-        for weight in weights
-    ]
-
-
-def implanted(normal_nhwc: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Photographs with one implanted defect each, uint8 (m, H, W, 3), and their masks, bool (m, H, W)."""
-    rng = np.random.default_rng(seed)
-    pairs = [
-        implant(image, DEFECTS[(i + turn) % len(DEFECTS)], rng)
-        for turn in range(DEFECTS_PER_IMAGE)
-        for i, image in enumerate(normal_nhwc)
-    ]
-    return np.stack([image for image, _ in pairs]), np.stack([mask for _, mask in pairs])
-
-
 def prediction_bound(values: np.ndarray, rate: float) -> float:
     """Upper bound that a further value exceeds with probability `rate`: Student's one-sided prediction interval.
 
@@ -324,9 +149,3 @@ def exceedance_interval(values: np.ndarray, bound: float, confidence: float = 0.
     tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
     low, high = sorted(stats.norm.sf(special.nctdtrinc(n - 1, tails, statistic) / np.sqrt(n)))
     return float(low), float(high)
-
-
-def _evidence(scorer: Scorer, images_nhwc: np.ndarray) -> Iterator[Evidence]:
-    batch = scorer.config.scoring.batch_size
-    for start in range(0, len(images_nhwc), batch):
-        yield scorer.evidence(images_nhwc[start : start + batch])

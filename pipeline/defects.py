@@ -206,3 +206,6 @@ PAINTERS: dict[str, Painter] = {
     "moved_piece": _moved_piece,
     "bent": _bent,
 }
+
+STRUCTURE = ("moved_piece", "bent")
+"""Kinds that show nothing foreign, only the photograph's own content where it does not belong; the others are marks."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.calibration import Choice
+from pipeline.choice import Choice
 from pipeline.config import Config, PresetName, ScoringConfig, load_config
 from pipeline.errors import UserError
 

@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.images import encode_png
 from pipeline.storage import Location
 
-DEFECTS = tuple(PAINTERS)  # scratch, spot, stain, missing_texture, foreign_patch, perlin_blend
+DEFECTS = tuple(PAINTERS)
 TEXTURES = ("brick", "grass", "gravel")
 
 MIN_SIDE = 32  # px

@@ -9,16 +9,9 @@ import pytest
 import torch
 from scipy import stats
 
-from pipeline.calibration import (
-    ALPHAS,
-    CONTEXT_WEIGHTS,
-    TOP_PIXELS,
-    calibrate,
-    exceedance_interval,
-    fit_measures,
-    implanted,
-    prediction_bound,
-)
+from pipeline.calibration import calibrate, exceedance_interval, measured, prediction_bound
+from pipeline.choice import ALPHAS, TOP_PIXELS, Judged, implanted, judge, judged_images
+from pipeline.measures import CONTEXT_WEIGHTS, fit_measures
 from pipeline.scoring import BranchMaps, Scorer
 
 
@@ -69,7 +62,7 @@ class HalfBlind(Scorer):
 
 
 @pytest.mark.parametrize(
-    ("blind", "allowed"), [(("kl", "denoising"), ALPHAS[:5]), (("squares", "residuals", "features"), ALPHAS[5:])]
+    ("blind", "allowed"), [(("kl", "denoising"), ALPHAS[:6]), (("squares", "residuals", "features"), ALPHAS[5:])]
 )
 @pytest.mark.parametrize("pixel", ["kl", "gaussian"])
 def test_a_model_trusts_the_branch_that_finds_implanted_defects(
@@ -193,11 +186,29 @@ def test_a_model_chooses_its_context_and_its_image_score(calibrated, fitted, var
 
 
 def test_implanted_defects_are_the_same_every_time_and_all_marked(held_out):
-    images, masks = implanted(held_out, seed=1)
-    again, _ = implanted(held_out, seed=1)
+    images, masks, _ = implanted(held_out, seed=1)
+    again, _, _ = implanted(held_out, seed=1)
     np.testing.assert_array_equal(images, again)
     assert len(images) == 3 * len(held_out)
     assert masks.any(axis=(1, 2)).all()
+
+
+def test_marks_and_structure_count_alike_however_many_there_are_of_each(scorer, photographs, held_out):
+    judged = judged_images(held_out, seed=1)
+    marks, structure = judged.families
+    defective = judged.masks.any(axis=(1, 2))
+    assert (marks & defective).sum() == 16
+    assert (structure & defective).sum() == 5
+    assert (marks & structure).sum() == (~defective).sum() == len(held_out)
+    (candidate,) = measured(scorer, fit_measures(scorer, photographs), held_out, judged.images)
+
+    def figures(families):
+        (choice, *_) = judge(scorer, candidate, Judged(judged.images, judged.masks, families))
+        return np.array([choice.pixel_auroc, choice.pro, choice.image_auroc])
+
+    alone = [figures(family[None]) for family in judged.families]
+    assert not np.allclose(*alone, atol=0.01), "families that are found equally well show nothing"
+    np.testing.assert_allclose(figures(judged.families), np.mean(alone, axis=0))
 
 
 @pytest.mark.parametrize(("count", "rate"), [(4, 0.01), (10, 0.05), (60, 0.01)])

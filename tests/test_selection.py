@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.calibration import Choice
+from pipeline.choice import Choice
 from pipeline.config import load_config
 from pipeline.errors import UserError
 from pipeline.selection import DEFAULT_SPACE, best, candidates, summary
