@@ -55,6 +55,8 @@ class ModelInfo:
     """The categories that share the network, in the order of their labels; None for a network of its own."""
     provenance: dict[str, Any]
     """Where it comes from: data, counts, losses, package versions, time."""
+    normal_scores: tuple[float, ...] = ()
+    """Scores of the held-out normal photographs, ascending; none in models of early releases."""
 
 
 def new_version(config: Config, now: datetime) -> str:
@@ -103,6 +105,7 @@ def save_model(
             "classes": None if classes is None else list(classes),
             "provenance": provenance,
             "selection": list(selection),
+            "normal_scores": scorer.calibration.normal_scores.tolist(),
         }
     )
     return folder
@@ -158,6 +161,7 @@ def model_info(models: Location, category: str, version: str | None = None) -> M
             context_weight=text["context_weight"],
             classes=classes,
             provenance=text["provenance"],
+            normal_scores=tuple(text.get("normal_scores", ())),
         )
     except (ValidationError, KeyError) as error:
         first = "; ".join(line.strip() for line in str(error).splitlines()[:3])

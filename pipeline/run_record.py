@@ -17,8 +17,12 @@ def run_record(plan: BatchPlan, totals: Totals, seconds: float) -> dict[str, Any
     images = totals.scored + totals.failed
     return {
         "night": plan.night,
-        "archives": [asdict(archive) | {"location": archive.location.uri} for archive in plan.archives],
+        "archives": [
+            asdict(archive) | {"location": archive.location.uri} | did
+            for archive, did in zip(plan.archives, totals.by_archive, strict=True)
+        ],
         "models": {category: info.version for category, info in sorted(plan.models.items())},
+        "normal_scores": {category: info.normal_scores for category, info in sorted(plan.models.items())},
         "configs": {c: info.config.model_dump(mode="json") for c, info in sorted(plan.models.items())},
         "counts": {
             field.name: value for field in fields(totals) if isinstance(value := getattr(totals, field.name), int)

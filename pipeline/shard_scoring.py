@@ -59,7 +59,7 @@ class ScoringActor:
         scored, read, codes = len(row["names"]), row["bytes"], Counter(failure.error for _, failure in failures)
         seconds = time.monotonic() - clock
         self.telemetry.shard(category, scored=scored, anomalous=anomalous, failed=codes, read=read, seconds=seconds)
-        counts = {"scored": scored, "failed": len(failures), "anomalous": anomalous, "bytes": read}
+        counts = {"scored": scored, "failed": len(failures), "anomalous": anomalous, "bytes": read, "seconds": seconds}
         return asdict(replace(outcome, **counts, failures=json.dumps(codes)))
 
     def _scorer(self, category: str) -> Scorer:

@@ -287,7 +287,8 @@ class Location:
         if self.is_local:
             return pa.fs.LocalFileSystem(), self.uri
         filesystem, path = _filesystem(self.uri)
-        return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(filesystem)), path
+        handler = s3_objects.ArrowHandler(filesystem) if self.is_s3 else pa.fs.FSSpecHandler(filesystem)
+        return pa.fs.PyFileSystem(handler), path
 
     def _kind(self) -> str | None:
         """One of "file", "directory", or None where nothing is there."""

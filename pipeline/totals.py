@@ -32,8 +32,14 @@ class ShardOutcome:
     """Of the archive."""
     bytes: int = 0
     """Encoded bytes of the shard's images."""
+    seconds: float = 0.0
+    """Of scoring and committing the shard."""
     failures: str = "{}"
     """How many images failed by error code, as JSON: a dictionary would change its type from row to row."""
+
+
+SUMMED = ("scored", "failed", "anomalous", "bytes", "seconds")
+"""Numbers of shards that add up to those of archives."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ class Totals:
     """Archives that could not be read to their end, in this run or an earlier one: nobody knows how many images that hides."""
     not_scored: tuple[ShardOutcome, ...]
     """What has an error: shards, or with shard None what is left of an archive."""
+    by_archive: tuple[dict[str, float], ...]
+    """What this run did of each archive: SUMMED of its shards."""
 
     @property
     def balanced(self) -> bool:
@@ -82,7 +90,10 @@ def total(outcomes: Sequence[ShardOutcome], archives: int, earlier: Sequence[Sha
     shards = [outcome for outcome in outcomes if outcome.shard is not None]
     members = {head.archive: head.members for head in heads}
     done, failures = Counter[int](), Counter[str]()
+    by_archive: list[dict[str, float]] = [dict.fromkeys(SUMMED, 0) for _ in range(archives)]
     for outcome in shards:
+        for name in SUMMED:
+            by_archive[outcome.archive][name] += getattr(outcome, name)
         done[outcome.archive] += outcome.scored + outcome.failed
         failures.update(json.loads(outcome.failures))
     failed, images = Counter[str](), Counter[str]()
@@ -106,6 +117,7 @@ def total(outcomes: Sequence[ShardOutcome], archives: int, earlier: Sequence[Sha
         failed_fractions={category: failed[category] / count for category, count in sorted(images.items()) if count},
         archive_failures=archive_failures,
         not_scored=tuple(outcome for outcome in outcomes if outcome.error),
+        by_archive=tuple(by_archive),
     )
 
 
