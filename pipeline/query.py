@@ -1,6 +1,9 @@
 """SQL over the results tables: DuckDB views that read only the partitions, columns and tables that a query asks for.
 
-Arrow's readers fetch what DuckDB pushes down, over the same storage layer and credentials as everything else.
+One file more may be opened: the first of a table tells its columns (of maps every file does, since they have two formats).
+
+DuckDB reads the Parquet files through our own storage layer, hence with the same credentials and retries as everything
+else. (Arrow's datasets under DuckDB deadlock now and then where the file system is written in Python.)
 """
 
 from __future__ import annotations
@@ -9,11 +12,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import closing
+from datetime import datetime
+from typing import Any, BinaryIO
 
 import duckdb
 import pyarrow as pa
-import pyarrow.dataset as ds
+from fsspec.spec import AbstractFileSystem
 
 from pipeline.errors import UserError
 from pipeline.map_tables import maps_schema
@@ -22,6 +27,8 @@ from pipeline.results import FAILURES_SCHEMA, SCORES_SCHEMA
 from pipeline.storage import Location
 
 LISTING_THREADS = 16
+TRIES = 5
+"""Each but the first for a compaction that moved rows in the middle of the query."""
 
 SCHEMAS: dict[Table, pa.Schema] = {
     "scores": SCORES_SCHEMA,
@@ -84,39 +91,100 @@ SOURCES: dict[str, Table] = {
 """Which table each other view reads."""
 
 
-def connect(
-    results: Location, *, sql: str, categories: Sequence[str] = (), nights: Sequence[str] = ()
-) -> duckdb.DuckDBPyConnection:
-    """A database in memory with the views that the SQL names, over finished shards only.
+def run_query(
+    results: Location,
+    sql: str,
+    *,
+    parameters: dict[str, Any] | None = None,
+    categories: Sequence[str] = (),
+    nights: Sequence[str] = (),
+) -> pa.Table:
+    """What one SELECT over the views gives, with `parameters` for its $names; rows of finished shards only.
 
     categories, nights: what of scores, maps, failures and what is made of them is looked at at all; everything when empty.
-    Raises UserError for SQL that does not fit the views, before anything is read, and for damaged files.
+    Raises UserError for SQL that does not fit the views, before anything is read, for SQL that fails over what it finds,
+    and for damaged files.
     """
     check_sql(sql)
     named = {view for view in (*SOURCES, *RECORDS) if re.search(rf"\b{view}\b", sql, re.IGNORECASE)}
-    connection = duckdb.connect()
-    if named & SOURCES.keys():
-        tables = list(dict.fromkeys(SOURCES[view] for view in named & SOURCES.keys()))
-        _register(connection, _datasets(results, tables, categories, nights))
-    if named & RECORDS.keys():
-        for view, rows in _run_tables(results).items():
-            connection.register(view, rows)
-    return connection
+    tables = list(dict.fromkeys(SOURCES[view] for view in SOURCES if view in named))
+    for tries_left in reversed(range(TRIES)):
+        files = _files(results, tables, categories, nights) if tables else {}
+        with duckdb.connect() as connection, closing(ResultFiles(results)) as opened:
+            connection.register_filesystem(opened)
+            for view, rows in (_run_tables(results) if named & RECORDS.keys() else {}).items():
+                connection.register(view, rows)
+            try:
+                _register(connection, files)
+                return connection.sql(sql, params=parameters or {}).to_arrow_table()
+            except duckdb.Error as error:
+                if not (tries_left and _any_gone(results, files)):
+                    raise UserError(f"the query failed: {_first_lines(error)}") from error
+    raise AssertionError("unreachable")
 
 
-def _register(connection: duckdb.DuckDBPyConnection, tables: Mapping[Table, Any]) -> None:
-    """Make the tables known, and the views that are made of them."""
-    for table, rows in tables.items():
-        connection.register("stored_maps" if table == "maps" else table, rows)
+def _register(connection: duckdb.DuckDBPyConnection, tables: Mapping[Table, Sequence[str]]) -> None:
+    """Make the tables known, given the paths below RESULTS of the files that hold them, and the views made of them."""
+    for table, files in tables.items():
+        connection.register(f"no_{table}", _with_partition(SCHEMAS[table]).empty_table())
+        rows = f"SELECT * FROM no_{table}"
+        if files:
+            listed = ", ".join(f"'{ResultFiles.protocol}://{path}'" for path in files)
+            options = "hive_partitioning = true, hive_types = {'category': VARCHAR, 'night': VARCHAR}"
+            # Maps may be of two formats; their columns are known only when the end of each file was read.
+            options += ", union_by_name = true" if table == "maps" else ""
+            rows += f" UNION ALL BY NAME SELECT * FROM read_parquet([{listed}], {options})"
+        connection.execute(f"CREATE VIEW {'stored_maps' if table == 'maps' else table} AS {rows}")
     for view, text in DERIVED.items():
         if SOURCES[view] in tables:
             connection.execute(f"CREATE VIEW {view} AS {text}")
 
 
+class ResultFiles(AbstractFileSystem):
+    """Files below RESULTS as DuckDB opens them: those it is told of are there, and it knows which ranges it needs."""
+
+    protocol = "results"
+    cachable = False
+
+    def __init__(self, results: Location) -> None:
+        super().__init__()
+        self.results = results
+        self.opened: list[BinaryIO] = []
+
+    def glob(self, path: str, **_: Any) -> list[str]:
+        """The path itself: nothing is searched."""
+        return [path]
+
+    def exists(self, path: str, **_: Any) -> bool:
+        """Listed a moment ago; if it has gone, opening it says so."""
+        return True
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        """Name and size (bytes)."""
+        return {"name": path, "size": self._file(path).size(), "type": "file"}
+
+    def modified(self, path: str) -> datetime:
+        """When it was written."""
+        return self._file(path).modified()
+
+    def open(self, path: str, mode: str = "rb", **_: Any) -> BinaryIO:
+        """For reading. Raises FileNotFoundError."""
+        self.opened.append(file := self._file(path).open(read_ahead=0))
+        return file
+
+    def close(self) -> None:
+        """Close what DuckDB leaves open."""
+        for file in self.opened:
+            file.close()
+
+    def _file(self, path: str) -> Location:
+        return self.results / path.removeprefix(f"{self.protocol}://")
+
+
 def check_sql(sql: str) -> None:
     """Raises UserError unless the SQL is one statement that fits the views; nothing is read."""
     with duckdb.connect() as empty:
-        _register(empty, {table: _with_partition(schema).empty_table() for table, schema in SCHEMAS.items()})
+        _register(empty, dict.fromkeys(SCHEMAS, ()))
         for view, schema in RECORDS.items():
             empty.register(view, schema.empty_table())
         try:
@@ -128,26 +196,10 @@ def check_sql(sql: str) -> None:
             raise UserError(f"the query does not fit the tables: {_first_lines(error)}") from error
 
 
-def run_query(
-    results: Location,
-    sql: str,
-    *,
-    parameters: dict[str, Any] | None = None,
-    categories: Sequence[str] = (),
-    nights: Sequence[str] = (),
-) -> pa.Table:
-    """What the SQL gives, with `parameters` for its $names. Raises UserError as `connect`, and where it fails in the middle."""
-    with connect(results, sql=sql, categories=categories, nights=nights) as connection:
-        try:
-            return connection.sql(sql, params=parameters or {}).to_arrow_table()
-        except duckdb.Error as error:
-            raise UserError(f"the query failed: {_first_lines(error)}") from error
-
-
-def _datasets(
+def _files(
     results: Location, tables: Sequence[Table], categories: Sequence[str], nights: Sequence[str]
-) -> dict[Table, ds.Dataset]:
-    """The finished shards of each table as fragments that know their category and night."""
+) -> dict[Table, list[str]]:
+    """Paths below RESULTS of the files with the finished shards of each table."""
     parts = [
         part
         for part in partitions(results, None, None)
@@ -156,21 +208,9 @@ def _datasets(
     others: list[Table] = [table for table in tables if table != "scores"]
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         found = list(threads.map(lambda part: look(results, part[0], part[1], others), parts))
-    filesystem, root = results.arrow_filesystem()
-    format = ds.ParquetFileFormat()
-    datasets = {}
-    for table in tables:
-        fragments = [
-            format.make_fragment(
-                f"{root}/{file.relative_to(results)}",
-                filesystem,
-                partition_expression=(ds.field("category") == night.category) & (ds.field("night") == night.night),
-            )
-            for night in found
-            for file in _whole_files(night, table)
-        ]
-        datasets[table] = ds.FileSystemDataset(fragments, _with_partition(SCHEMAS[table]), format, filesystem)
-    return datasets
+    return {
+        table: [file.relative_to(results) for night in found for file in _whole_files(night, table)] for table in tables
+    }
 
 
 def _whole_files(night: NightFiles, table: Table) -> list[Location]:
@@ -185,6 +225,13 @@ def _whole_files(night: NightFiles, table: Table) -> list[Location]:
                     f"finish it with jobs/compact.py --results {night.results} --nights {night.night}"
                 )
     return list(files)
+
+
+def _any_gone(results: Location, files: Mapping[Table, Sequence[str]]) -> bool:
+    """Whether a file that a query was to read is there no more."""
+    paths = [path for paths in files.values() for path in paths]
+    with ThreadPoolExecutor(LISTING_THREADS) as threads:
+        return not all(threads.map(lambda path: (results / path).exists(), paths))
 
 
 def _run_tables(results: Location) -> dict[str, pa.Table]:

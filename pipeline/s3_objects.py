@@ -15,7 +15,6 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import aiohttp
-import pyarrow as pa
 from botocore.exceptions import (  # type: ignore[import-untyped]
     BotoCoreError,
     ClientError,
@@ -23,7 +22,6 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
 )
 from fsspec.asyn import sync
 from fsspec.spec import AbstractBufferedFile
-from pyarrow.fs import FSSpecHandler
 
 from pipeline.stored import Stored
 
@@ -81,14 +79,6 @@ class ObjectReader(AbstractBufferedFile):
         if start >= end:
             return b""
         return read_stored(self.fs, self.path, start=start, end=end, etag=self.details.get("ETag")).data
-
-
-class ArrowHandler(FSSpecHandler):
-    """S3 for Arrow's readers: they know which ranges they need, so nothing is read ahead, and broken bodies are continued."""
-
-    def open_input_file(self, path: str) -> pa.PythonFile:
-        """A file to read ranges of; raises FileNotFoundError."""
-        return pa.PythonFile(ObjectReader(self.fs, path, cache_type="none"), mode="r")
 
 
 def create(filesystem: Any, path: str, data: bytes) -> bool:

@@ -153,17 +153,20 @@ class Location:
         filesystem, path = _filesystem(self.uri)
         return _etag(filesystem.info(path)) or str(filesystem.ukey(path))
 
-    def open(self) -> BinaryIO:
+    def open(self, *, read_ahead: int = READ_BLOCK_BYTES) -> BinaryIO:
         """The file opened for reading: seekable; on object storage read in ranges, never as a whole.
+
+        read_ahead: bytes that a range from there has at least; 0 for callers who know what they need next.
 
         On S3 reading raises an OSError once the object was replaced: ranges of two versions never mix.
         """
         if self.is_local:
             return Path(self.uri).open("rb")
         filesystem, path = _filesystem(self.uri)
+        caching: dict[str, Any] = {"block_size": read_ahead} if read_ahead else {"cache_type": "none"}
         if self.is_s3:
-            return cast(BinaryIO, s3_objects.ObjectReader(filesystem, path, block_size=READ_BLOCK_BYTES))
-        return cast(BinaryIO, filesystem.open(path, "rb", block_size=READ_BLOCK_BYTES))
+            return cast(BinaryIO, s3_objects.ObjectReader(filesystem, path, **caching))
+        return cast(BinaryIO, filesystem.open(path, "rb", **caching))
 
     def read_bytes(self) -> bytes:
         if self.is_local:
@@ -287,8 +290,7 @@ class Location:
         if self.is_local:
             return pa.fs.LocalFileSystem(), self.uri
         filesystem, path = _filesystem(self.uri)
-        handler = s3_objects.ArrowHandler(filesystem) if self.is_s3 else pa.fs.FSSpecHandler(filesystem)
-        return pa.fs.PyFileSystem(handler), path
+        return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(filesystem)), path
 
     def _kind(self) -> str | None:
         """One of "file", "directory", or None where nothing is there."""

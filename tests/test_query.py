@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 from jobs.query import Options, query
+from pipeline import query as query_module
 from pipeline import s3_objects
 from pipeline.compaction import compact_night
 from pipeline.errors import UserError
@@ -119,8 +120,13 @@ def test_a_photograph_scored_twice_counts_once_in_newest(results: Location) -> N
     ],
 )
 def test_other_partitions_and_tables_are_not_read(results: Location, sql: str, options: dict[str, Any]) -> None:
+    asked = (
+        f"scores/category=bolt/night={NIGHT}",
+        "compacted@",
+        f"scores/category=bolt/night={OLD}",
+    )  # the last tells columns
     for file in results.files(recursive=True):
-        if f"scores/category=bolt/night={NIGHT}" not in file.uri and "compacted@" not in file.name:
+        if not any(part in file.uri for part in asked):
             file.write_bytes(b"not Parquet, and not JSON")
     assert rows(results, sql, **options) == [{"n": 3, "s": pytest.approx(0.2)}]
     with pytest.raises(UserError):
@@ -145,6 +151,23 @@ def test_columns_that_are_not_asked_for_are_not_fetched(s3: Location, monkeypatc
     assert few < 0.2 * file.size()
     assert len(rows(results, "SELECT image_id, map FROM maps")) == 8
     assert sum(fetched) > 0.9 * file.size()
+
+
+def test_a_compaction_in_the_middle_of_a_query_is_not_noticed(
+    results: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = query_module._files
+
+    def overtaken(*arguments: Any) -> Any:
+        found = listed(*arguments)
+        monkeypatch.setattr(query_module, "_files", listed)
+        compact_night(results, "widget", NIGHT, target_bytes=2**20)
+        return found
+
+    monkeypatch.setattr(query_module, "_files", overtaken)
+    where = f"WHERE category = 'widget' AND night = '{NIGHT}'"
+    assert rows(results, f"SELECT count(*) AS n, max(score) AS s FROM scores {where}") == [{"n": 5, "s": 0.4}]
+    assert query_module._files is listed, "there was no compaction"
 
 
 @pytest.mark.parametrize(
