@@ -268,74 +268,14 @@ def test_the_whole_way_on_s3(dataset: Path, s3: Location) -> None:
     assert len(folder.files()) == 1
 
 
-MISTAKES = {
-    "no such data set": ("train_all", ["--dataset", "{tmp}/none", "--models", "{tmp}/m"], "does not exist"),
-    "unknown category": (
-        "train_all",
-        ["--dataset", "{data}", "--models", "{tmp}/m", "--categories", "gravle"],
-        "gravel",
-    ),
-    "unknown setting": (
-        "train_all",
-        ["--dataset", "{data}", "--models", "{tmp}/m", "--set", "training.iteration=3"],
-        "training.iteration",
-    ),
-    "bad value": (
-        "train_all",
-        ["--dataset", "{data}", "--models", "{tmp}/m", "--set", "training.batch_size=0"],
-        "batch_size",
-    ),
-    "no such checkpoint": (
-        "train_all",
-        ["--dataset", "{data}", "--models", "{tmp}/m", "--initial-weights", "{tmp}/none.pt"],
-        "does not exist",
-    ),
-    "bad selection": (
-        "train_all",
-        ["--dataset", "{data}", "--models", "{tmp}/m", "--select", "scoring.map_sigma=2"],
-        "expected SECTION.FIELD=[VALUE,VALUE]",
-    ),
-    "models folder is a file": ("train_all", ["--dataset", "{data}", "--models", "{file}"], "is a file"),
-    "no models": (
-        "score_archives",
-        ["--archives", "{data}/brick/test", "--models", "{tmp}", "--results", "{tmp}/r", "--category", "brick"],
-        "train",
-    ),
-    "no archives": (
-        "score_archives",
-        ["--archives", "{tmp}/none.tar", "--models", "{tmp}/m", "--results", "{tmp}/r"],
-        "does not exist",
-    ),
-    "odd night": (
-        "score_archives",
-        ["--archives", "{data}", "--models", "{tmp}/m", "--results", "{tmp}/r", "--night", "today"],
-        "YYYY-MM-DD",
-    ),
-    "odd fraction": (
-        "score_archives",
-        ["--archives", "{data}", "--models", "{tmp}/m", "--results", "{tmp}/r", "--max-failure-fraction", "10"],
-        "choose 0 to 1",
-    ),
-    "no results to compact": ("compact", ["--results", "{tmp}/r"], "does not exist"),
-    "nothing trained": (
-        "evaluate",
-        ["--dataset", "{data}", "--models", "{tmp}", "--results", "{tmp}/r"],
-        "train_all.py",
-    ),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_with_a_remedy_and_status_2(mistake: str, dataset: Path, tmp_path: Path) -> None:
-    name, arguments, expected = MISTAKES[mistake]
-    file = tmp_path / "file"
-    file.write_text("")
-    result = job(name, *(a.format(tmp=tmp_path, data=dataset, file=file) for a in arguments))
-    assert result.returncode == 2, result.stdout + result.stderr
+def test_a_mistake_is_one_line_on_a_quiet_terminal(tmp_path: Path) -> None:
+    result = job("train_all", "--dataset", tmp_path / "none", "--models", tmp_path / "models")
+    assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: ")
-    assert expected in line
+    assert "does not exist" in line
+    assert result.stdout == ""
 
 
 @pytest.mark.slow
@@ -343,11 +283,3 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(dataset: Path, tmp_path: P
     output = succeeded(job("train_all", "--dataset", dataset, "--models", tmp_path / "models", "--dry-run"))
     assert "brick: 12 normal training images" in output
     assert not (tmp_path / "models").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["train_all", "score_archives", "compact", "evaluate", "demo", "study"])
-def test_help_shows_every_option(name: str) -> None:
-    output = succeeded(job(name, "--help"))
-    assert "--" in output
-    assert "default" in output

@@ -1,0 +1,102 @@
+"""Command lines of all jobs, run in this process: mistakes and help cost no work and no start of Ray."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from tests.job_runs import ROOT
+
+MISTAKES = {
+    "no such data set": ("train_all", ["--dataset", "{tmp}/none", "--models", "{tmp}/m"], "does not exist"),
+    "unknown category": (
+        "train_all",
+        ["--dataset", "{data}", "--models", "{tmp}/m", "--categories", "gravle"],
+        "gravel",
+    ),
+    "unknown setting": (
+        "train_all",
+        ["--dataset", "{data}", "--models", "{tmp}/m", "--set", "training.iteration=3"],
+        "training.iteration",
+    ),
+    "bad value": (
+        "train_all",
+        ["--dataset", "{data}", "--models", "{tmp}/m", "--set", "training.batch_size=0"],
+        "batch_size",
+    ),
+    "no such checkpoint": (
+        "train_all",
+        ["--dataset", "{data}", "--models", "{tmp}/m", "--initial-weights", "{tmp}/none.pt"],
+        "does not exist",
+    ),
+    "bad selection": (
+        "train_all",
+        ["--dataset", "{data}", "--models", "{tmp}/m", "--select", "scoring.map_sigma=2"],
+        "expected SECTION.FIELD=[VALUE,VALUE]",
+    ),
+    "models folder is a file": ("train_all", ["--dataset", "{data}", "--models", "{file}"], "is a file"),
+    "no models": (
+        "score_archives",
+        ["--archives", "{data}/brick/test", "--models", "{tmp}", "--results", "{tmp}/r", "--category", "brick"],
+        "train",
+    ),
+    "no archives": (
+        "score_archives",
+        ["--archives", "{tmp}/none.tar", "--models", "{tmp}/m", "--results", "{tmp}/r"],
+        "does not exist",
+    ),
+    "odd night": (
+        "score_archives",
+        ["--archives", "{data}", "--models", "{tmp}/m", "--results", "{tmp}/r", "--night", "today"],
+        "YYYY-MM-DD",
+    ),
+    "odd fraction": (
+        "score_archives",
+        ["--archives", "{data}", "--models", "{tmp}/m", "--results", "{tmp}/r", "--max-failure-fraction", "10"],
+        "choose 0 to 1",
+    ),
+    "no results to compact": ("compact", ["--results", "{tmp}/r"], "does not exist"),
+    "no such question": ("query", ["--results", "{tmp}", "--name", "best"], "nightly-summary"),
+    "nothing trained": (
+        "evaluate",
+        ["--dataset", "{data}", "--models", "{tmp}", "--results", "{tmp}/r"],
+        "train_all.py",
+    ),
+}
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """start(job, arguments...): exit status, output and errors of that command."""
+
+    def run(name: str, *arguments: str) -> tuple[object, str, str]:
+        script = str(ROOT / "jobs" / f"{name}.py")
+        monkeypatch.setattr("sys.argv", [script, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(script, run_name="__main__")
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out, printed.err
+
+    return run
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_with_a_remedy_and_status_2(start, mistake: str, dataset: Path, tmp_path: Path) -> None:
+    name, arguments, expected = MISTAKES[mistake]
+    file = tmp_path / "file"
+    file.write_text("")
+    status, _, errors = start(name, *(a.format(tmp=tmp_path, data=dataset, file=file) for a in arguments))
+    assert status == 2, errors
+    (line,) = errors.strip().splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if path.stem != "__init__"))
+def test_help_shows_every_option(start, name: str) -> None:
+    status, output, _ = start(name, "--help")
+    assert status == 0
+    assert "--" in output
+    assert "default" in output
