@@ -99,9 +99,11 @@ class _ArchiveProgress:
         return self.size if self.done and not self.skipped else min(self.read, self.size)
 
     @property
-    def left(self) -> int:
-        """Bytes still to go through; too many where an earlier run has scored a part."""
-        return 0 if self.done else self.size - min(self.read, self.size)
+    def left(self) -> float:
+        """Bytes still to go through: by shards once they are counted; too many for a tar that an earlier run has begun."""
+        if self.expected is None:
+            return self.size - min(self.read, self.size)
+        return self.size * (self.expected - self.shards) / max(1, self.expected + self.skipped)
 
 
 class ScoringProgress:

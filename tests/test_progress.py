@@ -80,6 +80,8 @@ def test_what_an_earlier_run_scored_is_neither_left_nor_counted_as_work(clock: C
     state(shard(1, "last", 20))
     state(archive_row(1, shards=1, skipped=7))
     assert state.seconds_left() == pytest.approx(10 * 100 / 20)
+    state(archive_row(2, shards=5, skipped=15))  # a zip tells its shards before they are scored
+    assert state.seconds_left() == pytest.approx(10 * 25 / 20)
 
 
 def test_images_that_unpack_to_more_than_their_archive_leave_no_negative_time(clock: Clock) -> None:
