@@ -169,7 +169,7 @@ class ResultFiles(AbstractFileSystem):
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> BinaryIO:
         """For reading. Raises FileNotFoundError."""
-        self.opened.append(file := self._file(path).open(read_ahead=0))
+        self.opened.append(file := self._file(path).open(read_ahead=False))
         return file
 
     def close(self) -> None:

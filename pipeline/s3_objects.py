@@ -39,6 +39,10 @@ _BREAKS = (aiohttp.ClientError, BotoCoreError, OSError)
 _REFUSALS = ("PreconditionFailed", "412", "NoSuchKey", "ConditionalRequestConflict", "409")
 
 
+# What servers say that know no conditional writes.
+_UNKNOWN = ("NotImplemented", "501")
+
+
 class ObjectChangedError(OSError):
     """The object was replaced while it was read: what was read so far belongs to an older version."""
 
@@ -97,6 +101,8 @@ def remove_if(filesystem: Any, path: str, version: str) -> bool:
     try:
         filesystem.call_s3("delete_object", Bucket=bucket, Key=key, IfMatch=version)
     except OSError as error:
+        if _code(error) in _UNKNOWN:
+            return _looked_first(filesystem, path, {"IfMatch": version}, "delete_object")
         if _code(error) in _REFUSALS:
             return False
         raise
@@ -148,9 +154,24 @@ def _put_if(filesystem: Any, path: str, data: bytes, **condition: str) -> bool:
     try:
         filesystem.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
     except OSError as error:
+        if _code(error) in _UNKNOWN:
+            return _looked_first(filesystem, path, condition, "put_object", Body=data)
         if _code(error) not in _REFUSALS:
             raise
         return _holds(filesystem, path, data)
+    return True
+
+
+def _looked_first(filesystem: Any, path: str, condition: dict[str, str], operation: str, **request: Any) -> bool:
+    """What there is for a server without conditional writes: two who look at the same moment may both go on."""
+    try:
+        etag = read_stored(filesystem, path).version
+    except FileNotFoundError:
+        etag = None
+    if etag != condition.get("IfMatch"):
+        return False
+    bucket, key, _ = filesystem.split_path(path)
+    filesystem.call_s3(operation, Bucket=bucket, Key=key, **request)
     return True
 
 

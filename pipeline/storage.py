@@ -153,17 +153,17 @@ class Location:
         filesystem, path = _filesystem(self.uri)
         return _etag(filesystem.info(path)) or str(filesystem.ukey(path))
 
-    def open(self, *, read_ahead: int = READ_BLOCK_BYTES) -> BinaryIO:
+    def open(self, *, read_ahead: bool = True) -> BinaryIO:
         """The file opened for reading: seekable; on object storage read in ranges, never as a whole.
 
-        read_ahead: bytes that a range from there has at least; 0 for callers who know what they need next.
+        read_ahead: whether ranges from there have READ_BLOCK_BYTES at least; not for callers who know what they need.
 
         On S3 reading raises an OSError once the object was replaced: ranges of two versions never mix.
         """
         if self.is_local:
             return Path(self.uri).open("rb")
         filesystem, path = _filesystem(self.uri)
-        caching: dict[str, Any] = {"block_size": read_ahead} if read_ahead else {"cache_type": "none"}
+        caching: dict[str, Any] = {"block_size": READ_BLOCK_BYTES} if read_ahead else {"cache_type": "none"}
         if self.is_s3:
             return cast(BinaryIO, s3_objects.ObjectReader(filesystem, path, **caching))
         return cast(BinaryIO, filesystem.open(path, "rb", **caching))
@@ -201,7 +201,7 @@ class Location:
         """Puts the file there only if there is none, in one step. Returns whether it now holds ``data``.
 
         Of many callers at once with different data one gets True, on a local disk and on S3 servers that know
-        If-None-Match (AWS, MinIO, Ceph, SeaweedFS do). On other storages it is no more than looking first.
+        If-None-Match (AWS, MinIO, Ceph, SeaweedFS do). On others it is no more than looking first.
         """
         if self.is_local:
             return local_files.create(Path(self.uri), data)

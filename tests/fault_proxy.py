@@ -33,6 +33,8 @@ class FaultProxy:
     def __init__(self, upstream: str, *, stall_s: float) -> None:
         self.upstream = urlsplit(upstream).netloc
         self.stall_s = stall_s
+        self.knows_conditions = True
+        """Whether conditional writes are passed on, or answered 501."""
         self.injected: Counter[Fault] = Counter()
         self.requests: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -87,9 +89,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         assert "Transfer-Encoding" not in self.headers, "chunked uploads are not passed on"
         fault = self.proxy.fault(self.command)
-        if fault in _ERRORS:
-            status, code = _ERRORS[fault]
-            self._count(fault)
+        conditional = self.command in ("PUT", "DELETE") and {"If-Match", "If-None-Match"} & set(self.headers)
+        if fault in _ERRORS or (conditional and not self.proxy.knows_conditions):
+            status, code = _ERRORS.get(fault, (501, "NotImplemented"))
+            if fault:
+                self._count(fault)
             text = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
             self._answer(status, {"Content-Type": "application/xml"}, text, len(text))
         elif fault == "reset":

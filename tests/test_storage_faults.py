@@ -366,3 +366,19 @@ def test_a_real_server_behind_a_faulty_network(seaweed_s3: Location, seaweed, mo
         with (seaweed_s3 / "a.bin").open() as stream:
             assert stream.read(1_000_000) + stream.read() == data
         assert proxy.injected == {"slow_down": 1, "lost_reply": 1, "cut": 1, "reset": 1, "short": 1}
+
+
+def test_a_server_without_conditional_writes_is_looked_at_first(seaweed_s3: Location, seaweed, monkeypatch) -> None:
+    with fault_proxy(seaweed.url) as proxy:
+        proxy.knows_conditions = False
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        file = seaweed_s3 / "lock"
+        assert file.create_bytes(b"a")
+        assert not file.create_bytes(b"b")
+        version = file.read_stored().version
+        assert file.replace_if(version, b"c")
+        assert not file.replace_if(version, b"d")
+        assert not file.remove_if(version)
+        assert file.read_bytes() == b"c"
+        assert file.remove_if(file.read_stored().version)
+        assert not file.exists()
