@@ -135,10 +135,11 @@ def kill_process(job: int, target: str) -> bool:
 
 
 def _kind(command: list[str]) -> str | None:
-    """What a process of Ray is, by its title."""
+    """What a process of Ray is, by its title. Its own helpers are none: with its agent a raylet ends too."""
     title = command[0] if command else ""
     if title.startswith("ray::"):
-        return "actor" if "MapWorker" in title else "worker"
+        stages = ("list_archive", "read_unit", "decode_shard")
+        return "actor" if "ScoringActor" in title else "worker" if any(stage in title for stage in stages) else None
     return "raylet" if title.endswith("/raylet") else None
 
 
