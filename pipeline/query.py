@@ -9,7 +9,9 @@ else. (Arrow's datasets under DuckDB deadlock now and then where the file system
 from __future__ import annotations
 
 import json
+import os
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -167,10 +169,10 @@ class ResultFiles(AbstractFileSystem):
         """When it was written."""
         return self._file(path).modified()
 
-    def open(self, path: str, mode: str = "rb", **_: Any) -> BinaryIO:
+    def open(self, path: str, mode: str = "rb", **_: Any) -> SharedFile:
         """For reading. Raises FileNotFoundError."""
         self.opened.append(file := self._file(path).open(read_ahead=False))
-        return file
+        return SharedFile(file)
 
     def close(self) -> None:
         """Close what DuckDB leaves open."""
@@ -179,6 +181,43 @@ class ResultFiles(AbstractFileSystem):
 
     def _file(self, path: str) -> Location:
         return self.results / path.removeprefix(f"{self.protocol}://")
+
+
+class SharedFile:
+    """An open file with a position for every thread: DuckDB's threads seek and read in the same one at the same time."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._reading = threading.Lock()
+        self._own = threading.local()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Where this thread reads next; returns that."""
+        start = 0
+        if whence == os.SEEK_CUR:
+            start = self.tell()
+        elif whence == os.SEEK_END:
+            with self._reading:
+                start = self._file.seek(0, os.SEEK_END)
+        self._own.position = start + offset
+        return self.tell()
+
+    def tell(self) -> int:
+        """Where this thread reads next."""
+        position: int = getattr(self._own, "position", 0)
+        return position
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to so many bytes from there; all when negative."""
+        with self._reading:
+            self._file.seek(self.tell())
+            data = self._file.read(size)
+        self._own.position = self.tell() + len(data)
+        return data
+
+    def close(self) -> None:
+        """Close the file for all threads."""
+        self._file.close()
 
 
 def check_sql(sql: str) -> None:
