@@ -113,6 +113,7 @@ def run_query(
     for tries_left in reversed(range(TRIES)):
         files = _files(results, tables, categories, nights) if tables else {}
         with duckdb.connect() as connection, closing(ResultFiles(results)) as opened:
+            connection.execute("SET enable_progress_bar = false")  # it would be drawn among the rows
             connection.register_filesystem(opened)
             for view, rows in (_run_tables(results) if named & RECORDS.keys() else {}).items():
                 connection.register(view, rows)
