@@ -12,9 +12,9 @@ import json
 import os
 import re
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from datetime import datetime
 from typing import Any, BinaryIO
 
@@ -112,9 +112,9 @@ def run_query(
     tables = list(dict.fromkeys(SOURCES[view] for view in SOURCES if view in named))
     for tries_left in reversed(range(TRIES)):
         files = _files(results, tables, categories, nights) if tables else {}
-        with duckdb.connect() as connection, closing(ResultFiles(results)) as opened:
+        with duckdb.connect() as connection:
             connection.execute("SET enable_progress_bar = false")  # it would be drawn among the rows
-            connection.register_filesystem(opened)
+            connection.register_filesystem(ResultFiles(results))
             for view, rows in (_run_tables(results) if named & RECORDS.keys() else {}).items():
                 connection.register(view, rows)
             try:
@@ -152,7 +152,6 @@ class ResultFiles(AbstractFileSystem):
     def __init__(self, results: Location) -> None:
         super().__init__()
         self.results = results
-        self.opened: list[BinaryIO] = []
 
     def glob(self, path: str, **_: Any) -> list[str]:
         """The path itself: nothing is searched."""
@@ -172,13 +171,7 @@ class ResultFiles(AbstractFileSystem):
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> SharedFile:
         """For reading. Raises FileNotFoundError."""
-        self.opened.append(file := self._file(path).open(read_ahead=False))
-        return SharedFile(file)
-
-    def close(self) -> None:
-        """Close what DuckDB leaves open."""
-        for file in self.opened:
-            file.close()
+        return SharedFile(self._file(path).open(read_ahead=False))
 
     def _file(self, path: str) -> Location:
         return self.results / path.removeprefix(f"{self.protocol}://")
@@ -191,6 +184,8 @@ class SharedFile:
         self._file = file
         self._reading = threading.Lock()
         self._own = threading.local()
+        # DuckDB forgets files without closing them, and there may be thousands.
+        weakref.finalize(self, file.close)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Where this thread reads next; returns that."""
