@@ -13,6 +13,7 @@ import duckdb
 import pyarrow as pa
 import tyro
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.command import OK, console, run
 from pipeline.errors import UserError
@@ -20,6 +21,7 @@ from pipeline.named_queries import QUERIES, NamedQuery, Value
 from pipeline.query import run_query
 from pipeline.storage import Location
 from pipeline.storage_checks import require_exists
+from pipeline.storage_errors import STORAGE_ERRORS
 
 Format = Literal["table", "csv", "json", "parquet"]
 
@@ -60,13 +62,22 @@ def query(options: Options) -> int:
         raise UserError("--format parquet: name a file with --output")
     results = Location.parse(options.results)
     require_exists(results, "--results")
-    answer = run_query(
-        results,
-        asked.sql,
-        parameters=parameters(asked, options.param),
-        categories=options.categories,
-        nights=options.nights,
-    )
+    try:
+        answer = run_query(
+            results,
+            asked.sql,
+            parameters=parameters(asked, options.param),
+            categories=options.categories,
+            nights=options.nights,
+        )
+        show(answer, options)
+    except STORAGE_ERRORS as error:
+        raise UserError(f"the storage failed: {' '.join(str(error).split())}") from error
+    return OK
+
+
+def show(answer: pa.Table, options: Options) -> None:
+    """Print or write the rows as asked."""
     if options.output:
         output = Location.parse(options.output)
         output.write_bytes(printed(answer) if options.format == "table" else encoded(answer, options.format))
@@ -75,13 +86,14 @@ def query(options: Options) -> int:
         console.print(shown(answer))
     else:
         sys.stdout.write(encoded(answer, options.format).decode())
-    return OK
 
 
 def question(options: Options) -> NamedQuery:
     """The one asked, by name or as SQL. Raises UserError where it is none or two."""
     if bool(options.sql) == bool(options.name):
-        raise UserError("ask one thing: SQL, or a ready-made question with --name (--list shows them)")
+        raise UserError(
+            "ask one thing: SQL, before all options, or a ready-made question with --name (--list shows them)"
+        )
     if options.sql:
         return NamedQuery("", options.sql)
     if options.name not in QUERIES:
@@ -96,8 +108,8 @@ def parameters(asked: NamedQuery, given: tuple[str, ...]) -> dict[str, Value]:
         name, separator, text = item.partition("=")
         if not separator:
             raise UserError(f"--param {item}: write NAME=VALUE")
-        if not asked.question:  # SQL of the user's own: numbers where they look like numbers
-            values[name] = _number(text)
+        if not asked.question:  # SQL of the user's own, which may cast it
+            values[name] = text
             continue
         if name not in values:
             known = ", ".join(values) or "it has none"
@@ -124,9 +136,9 @@ def shown(answer: pa.Table) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for field in answer.schema:
         numeric = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
-        table.add_column(field.name, justify="right" if numeric else "left", overflow="fold")
-    for row in answer.to_pylist():
-        table.add_row(*(_text(value) for value in row.values()))
+        table.add_column(Text(field.name), justify="right" if numeric else "left", overflow="fold")
+    for row in zip(*(column.to_pylist() for column in answer.columns), strict=True):
+        table.add_row(*(Text(_text(value)) for value in row))
     return table
 
 
@@ -141,6 +153,7 @@ def encoded(answer: pa.Table, format: Format) -> bytes:
     """The rows as CSV with a header, one JSON object a line, or Parquet."""
     with tempfile.TemporaryDirectory() as folder, duckdb.connect() as connection:
         file = Path(folder) / "answer"
+        connection.execute("SET TimeZone = 'UTC'")
         connection.register("answer", answer)
         options = {"csv": "FORMAT csv, HEADER", "json": "FORMAT json", "parquet": "FORMAT parquet"}[format]
         connection.execute(f"COPY answer TO '{file}' ({options})")
@@ -153,15 +166,6 @@ def _text(value: object) -> str:
     if isinstance(value, (dict, list)):
         return json.dumps(value, default=str, ensure_ascii=False)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _number(text: str) -> Value:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 if __name__ == "__main__":

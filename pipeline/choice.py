@@ -18,6 +18,8 @@ ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 """Weights of the pixel branch that are tried where a model chooses its own; the first of equals wins."""
 TOP_PIXELS = (64, 256, 1024, 4096)
 """Counts of largest map values in the image score that are tried where a model chooses its own."""
+FEWEST_OF_FAMILY = 8
+"""Images with defects of a family that it takes to weigh as much as the other; below, all defects count together."""
 DEFECTS_PER_IMAGE = 3
 """Implanted versions of every held-out image that choices are made on."""
 
@@ -69,8 +71,14 @@ def judged_images(held_out_nhwc: np.ndarray, seed: int) -> Judged:
     images, masks, structural = implanted(held_out_nhwc, seed)
     none = np.zeros((len(held_out_nhwc), *masks.shape[1:]), bool)
     normal = np.ones(len(held_out_nhwc), bool)
-    families = [np.concatenate([family, normal]) for family in (~structural, structural) if family.any()]
-    return Judged(np.concatenate([images, held_out_nhwc]), np.concatenate([masks, none]), np.stack(families))
+    families = [~structural, structural]
+    if min(family.sum() for family in families) < FEWEST_OF_FAMILY:
+        families = [np.ones(len(images), bool)]
+    return Judged(
+        np.concatenate([images, held_out_nhwc]),
+        np.concatenate([masks, none]),
+        np.stack([np.concatenate([family, normal]) for family in families]),
+    )
 
 
 def implanted(normal_nhwc: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

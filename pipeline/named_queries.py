@@ -25,7 +25,10 @@ QUERIES = {
             SELECT night, category, count(*) AS images, count_if(is_anomalous) AS anomalous,
                    median(score / threshold) AS median_severity, max(model_version) AS model_version
             FROM newest GROUP BY ALL
-        ), failed AS (SELECT night, category, count(*) AS failures FROM failures GROUP BY ALL)
+        ), failed AS (
+            SELECT night, category, count(DISTINCT image_id) AS failures
+            FROM failures ANTI JOIN newest USING (night, category, image_id) GROUP BY ALL
+        )
         SELECT night, category, coalesce(images, 0) AS images, coalesce(anomalous, 0) AS anomalous,
                round(100 * anomalous / images, 1) AS anomalous_percent, coalesce(failures, 0) AS failures,
                round(median_severity, 3) AS median_severity, model_version
@@ -56,9 +59,10 @@ QUERIES = {
     "failures": NamedQuery(
         "What could not be scored, and why?",
         """
-        SELECT night, category, stage, error, count(*) AS images, count(DISTINCT archive) AS archives,
+        SELECT night, category, stage, error, count(DISTINCT image_id) AS images, count(DISTINCT archive) AS archives,
                min(archive) AS first_archive, min(member) AS first_member, min(detail) AS detail
-        FROM failures GROUP BY night, category, stage, error ORDER BY images DESC, night, category, error LIMIT $limit
+        FROM failures ANTI JOIN newest USING (night, category, image_id)
+        GROUP BY night, category, stage, error ORDER BY images DESC, night, category, error LIMIT $limit
         """,
         {"limit": 50},
     ),
@@ -84,7 +88,7 @@ QUERIES = {
             FROM calibration JOIN (SELECT DISTINCT night, category, model_version FROM newest) USING (category, model_version)
         ), steps AS (
             SELECT night, category, model_version,
-                   abs(sum(ours) OVER below / sum(ours) OVER whole - sum(1 - ours) OVER below / sum(1 - ours) OVER whole) AS gap,
+                   abs(sum(ours) OVER below / sum(ours) OVER whole - sum(1 - ours) OVER below / nullif(sum(1 - ours) OVER whole, 0)) AS gap,
                    sum(ours) OVER whole AS images, sum(1 - ours) OVER whole AS normal_images
             FROM pooled
             WINDOW whole AS (PARTITION BY night, category, model_version),
@@ -93,15 +97,16 @@ QUERIES = {
             SELECT night, category, model_version, max(gap) AS distance, max(images) AS images,
                    max(normal_images) AS normal_images,
                    sqrt(max(images) * max(normal_images) / (max(images) + max(normal_images))) AS root
-            FROM steps WHERE images > 0 AND normal_images > 0 GROUP BY ALL
+            FROM steps WHERE images > 0 GROUP BY ALL
         ), tested AS (
-            SELECT *, least(1, greatest(0, 2 * list_sum([
+            SELECT *, CASE WHEN normal_images = 0 THEN NULL WHEN distance = 0 THEN 1 ELSE least(1, greatest(0, 2 * list_sum([
                        pow(-1, k - 1) * exp(-2 * pow(k * (root + 0.12 + 0.11 / root) * distance, 2)) for k in range(1, 101)
-                   ]))) AS p
+                   ]))) END AS p
             FROM largest
         )
         SELECT night, category, model_version, images::BIGINT AS images, normal_images::BIGINT AS normal_images,
                round(distance, 3) AS distance, p, CASE
+                   WHEN normal_images = 0 THEN 'no calibration'
                    WHEN images < $min_images THEN 'too few images'
                    WHEN distance >= $distance AND p < $significance THEN 'DRIFT'
                    ELSE 'steady' END AS verdict

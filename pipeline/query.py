@@ -8,7 +8,6 @@ else. (Arrow's datasets under DuckDB deadlock now and then where the file system
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
@@ -26,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.map_tables import maps_schema
 from pipeline.night_files import NightFiles, Table, look, partitions
 from pipeline.results import FAILURES_SCHEMA, SCORES_SCHEMA
+from pipeline.run_tables import RECORDS, run_tables
 from pipeline.storage import Location
 
 LISTING_THREADS = 16
@@ -40,27 +40,6 @@ SCHEMAS: dict[Table, pa.Schema] = {
     ),
     "failures": FAILURES_SCHEMA,
 }
-
-RUNS_SCHEMA = pa.schema(
-    [
-        *[(name, pa.string()) for name in ("run", "night")],
-        *[(name, pa.timestamp("s", tz="UTC")) for name in ("started", "finished")],
-        *[(name, pa.float64()) for name in ("seconds", "images_per_second")],
-        *[(name, pa.int64()) for name in ("images", "scored", "failed", "anomalous", "skipped_shards", "lost_shards")],
-        ("exit_status", pa.int64()),
-        ("record", pa.string()),
-    ]
-)
-ARCHIVES_SCHEMA = pa.schema(
-    [
-        *[(name, pa.string()) for name in ("run", "night", "category", "archive", "kind")],
-        *[(name, pa.int64()) for name in ("scored", "failed", "anomalous", "bytes")],
-        ("seconds", pa.float64()),
-    ]
-)
-CALIBRATION_SCHEMA = pa.schema(
-    [("category", pa.string()), ("model_version", pa.string()), ("normal_score", pa.float64())]
-)
 
 DERIVED = {
     "maps": """
@@ -79,9 +58,6 @@ DERIVED = {
     """,
 }
 """Views made of others: maps in one unit, each photograph's latest row of a night, a row for every region of every row."""
-
-RECORDS = {"runs": RUNS_SCHEMA, "archives": ARCHIVES_SCHEMA, "calibration": CALIBRATION_SCHEMA}
-"""Views made of runs/*.json."""
 
 SOURCES: dict[str, Table] = {
     "scores": "scores",
@@ -114,8 +90,9 @@ def run_query(
         files = _files(results, tables, categories, nights) if tables else {}
         with duckdb.connect() as connection:
             connection.execute("SET enable_progress_bar = false")  # it would be drawn among the rows
+            connection.execute("SET TimeZone = 'UTC'")  # as nights are
             connection.register_filesystem(ResultFiles(results))
-            for view, rows in (_run_tables(results) if named & RECORDS.keys() else {}).items():
+            for view, rows in (run_tables(results, categories, nights) if named & RECORDS.keys() else {}).items():
                 connection.register(view, rows)
             try:
                 _register(connection, files)
@@ -171,49 +148,48 @@ class ResultFiles(AbstractFileSystem):
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> SharedFile:
         """For reading. Raises FileNotFoundError."""
-        return SharedFile(self._file(path).open(read_ahead=False))
+        return SharedFile(self._file(path))
 
     def _file(self, path: str) -> Location:
         return self.results / path.removeprefix(f"{self.protocol}://")
 
 
 class SharedFile:
-    """An open file with a position for every thread: DuckDB's threads seek and read in the same one at the same time."""
+    """A file opened by each thread that reads in it: DuckDB's threads seek and read in the same one at the same time."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._reading = threading.Lock()
-        self._own = threading.local()
+    def __init__(self, file: Location) -> None:
+        """Raises FileNotFoundError."""
+        self._location = file
+        self._opened = {threading.get_ident(): file.open(read_ahead=False)}
         # DuckDB forgets files without closing them, and there may be thousands.
-        weakref.finalize(self, file.close)
+        weakref.finalize(self, _close_all, self._opened)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Where this thread reads next; returns that."""
-        start = 0
-        if whence == os.SEEK_CUR:
-            start = self.tell()
-        elif whence == os.SEEK_END:
-            with self._reading:
-                start = self._file.seek(0, os.SEEK_END)
-        self._own.position = start + offset
-        return self.tell()
+        return self._own().seek(offset, whence)
 
     def tell(self) -> int:
         """Where this thread reads next."""
-        position: int = getattr(self._own, "position", 0)
-        return position
+        return self._own().tell()
 
     def read(self, size: int = -1) -> bytes:
         """Up to so many bytes from there; all when negative."""
-        with self._reading:
-            self._file.seek(self.tell())
-            data = self._file.read(size)
-        self._own.position = self.tell() + len(data)
-        return data
+        return self._own().read(size)
 
     def close(self) -> None:
-        """Close the file for all threads."""
-        self._file.close()
+        """Close it for all threads."""
+        _close_all(self._opened)
+
+    def _own(self) -> BinaryIO:
+        thread = threading.get_ident()
+        if thread not in self._opened:
+            self._opened[thread] = self._location.open(read_ahead=False)
+        return self._opened[thread]
+
+
+def _close_all(files: dict[int, BinaryIO]) -> None:
+    for file in files.values():
+        file.close()
 
 
 def check_sql(sql: str) -> None:
@@ -235,16 +211,22 @@ def _files(
     results: Location, tables: Sequence[Table], categories: Sequence[str], nights: Sequence[str]
 ) -> dict[Table, list[str]]:
     """Paths below RESULTS of the files with the finished shards of each table."""
-    parts = [
-        part
-        for part in partitions(results, None, None)
-        if (not categories or part[0] in categories) and (not nights or part[1] in nights)
-    ]
+    found = partitions(results, None, None)
+    for wanted, known, what in (
+        (categories, [c for c, _ in found], "category"),
+        (nights, [n for _, n in found], "night"),
+    ):
+        for value in wanted:
+            if value not in known:
+                there = ", ".join(sorted(set(known))[-10:]) or "none"
+                raise UserError(f"no results of {what} {value} in {results} (there, or the last of them: {there})")
+    parts = [part for part in found if (not categories or part[0] in categories) and (not nights or part[1] in nights)]
     others: list[Table] = [table for table in tables if table != "scores"]
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
-        found = list(threads.map(lambda part: look(results, part[0], part[1], others), parts))
+        looked = list(threads.map(lambda part: look(results, part[0], part[1], others), parts))
     return {
-        table: [file.relative_to(results) for night in found for file in _whole_files(night, table)] for table in tables
+        table: [file.relative_to(results) for night in looked for file in _whole_files(night, table)]
+        for table in tables
     }
 
 
@@ -269,56 +251,13 @@ def _any_gone(results: Location, files: Mapping[Table, Sequence[str]]) -> bool:
         return not all(threads.map(lambda path: (results / path).exists(), paths))
 
 
-def _run_tables(results: Location) -> dict[str, pa.Table]:
-    """What runs/*.json say, as tables: a row for a run, for each of its archives, for each normal score of its models."""
-    files = [file for file in (results / "runs").files() if file.name.endswith(".json")]
-    with ThreadPoolExecutor(LISTING_THREADS) as threads:
-        records = dict(
-            zip((file.name.removesuffix(".json") for file in files), threads.map(_record, files), strict=True)
-        )
-    runs, archives = [], []
-    calibration: set[tuple[str, str, int, float]] = set()
-    for run, record in records.items():
-        text = json.dumps(record, ensure_ascii=False)
-        known = {"run": run, "record": text} | record["counts"] | record
-        runs.append({name: known.get(name) for name in RUNS_SCHEMA.names})
-        for archive in record["archives"]:
-            own = archive | {"run": run, "night": record["night"], "archive": archive["location"]}
-            archives.append({name: own.get(name) for name in ARCHIVES_SCHEMA.names})
-        for category, scores in record.get("normal_scores", {}).items():
-            calibration.update((category, record["models"][category], rank, score) for rank, score in enumerate(scores))
-    return {
-        "runs": _typed(runs, RUNS_SCHEMA),
-        "archives": _typed(archives, ARCHIVES_SCHEMA),
-        "calibration": _typed(
-            [
-                {"category": category, "model_version": version, "normal_score": score}
-                for category, version, _, score in sorted(calibration)
-            ],
-            CALIBRATION_SCHEMA,
-        ),
-    }
-
-
-def _record(file: Location) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = file.read_json()
-        return record | {"archives": record["archives"], "counts": record["counts"], "models": record["models"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not a readable run record ({error!r}): remove it") from error
-
-
-def _typed(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Rows as a table; times may be ISO 8601 text."""
-    times = {field.name for field in schema if pa.types.is_timestamp(field.type)}
-    loose = pa.schema([(field.name, pa.string() if field.name in times else field.type) for field in schema])
-    return pa.Table.from_pylist(rows, schema=loose).cast(schema)
-
-
 def _with_partition(schema: pa.Schema) -> pa.Schema:
     return pa.schema([*schema, ("category", pa.string()), ("night", pa.string())])
 
 
 def _first_lines(error: duckdb.Error) -> str:
-    """DuckDB's message in one line: without its drawing of the place, which only makes sense in a fixed-width terminal."""
-    return " ".join(str(error).split("\n\n")[0].split())
+    """DuckDB's message in one line: without its drawing of the place, and of a traceback only what was raised."""
+    text = str(error)
+    if "Traceback (most recent call last)" in text:
+        text = text.strip().splitlines()[-1]
+    return " ".join(text.split("\n\n")[0].split())

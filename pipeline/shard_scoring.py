@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, replace
@@ -29,7 +31,7 @@ class ScoringActor:
 
     def __init__(self, plan: BatchPlan, workers: Workers) -> None:
         torch.set_num_threads(workers.threads)
-        # Arrow's own pool keeps what was freed: an actor grew by some 2.5 MiB with every shard that it wrote.
+        # Arrow's own pool keeps what was freed, and nobody could give it back.
         pa.set_memory_pool(pa.system_memory_pool())
         self.plan = plan
         self.device = "cuda" if workers.gpus_per_actor > 0 else "cpu"
@@ -59,6 +61,8 @@ class ScoringActor:
             anomalous = self._score(row, failures)
         except (UserError, *STORAGE_ERRORS) as error:
             return asdict(replace(outcome, error=" ".join(str(error).split())))
+        finally:
+            give_back_free_memory()
         scored, read, codes = len(row["names"]), row["bytes"], Counter(failure.error for _, failure in failures)
         seconds = time.monotonic() - clock
         self.telemetry.shard(category, scored=scored, anomalous=anomalous, failed=codes, read=read, seconds=seconds)
@@ -126,3 +130,10 @@ class ScoringActor:
             map_format=plan.map_format,
         )
         return sum(score.is_anomalous for score in scores)
+
+
+def give_back_free_memory() -> None:
+    """Return to the system what glibc keeps of freed memory, some 2 MiB more with every shard; elsewhere nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

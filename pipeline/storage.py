@@ -201,7 +201,8 @@ class Location:
         """Puts the file there only if there is none, in one step. Returns whether it now holds ``data``.
 
         Of many callers at once with different data one gets True, on a local disk and on S3 servers that know
-        If-None-Match (AWS, MinIO, Ceph, SeaweedFS do). On others it is no more than looking first.
+        If-None-Match (AWS, MinIO, Ceph, SeaweedFS do). On others it is no more than looking first: two who do so
+        at the same moment both get True.
         """
         if self.is_local:
             return local_files.create(Path(self.uri), data)

@@ -90,8 +90,8 @@ def tables(results: Location) -> dict[str, list[tuple[object, ...]]]:
 
 def disturbed(
     night: Location, models: Path, results: Location, targets: list[str], rng: random.Random, kill: Kill
-) -> int:
-    """Run the night, killing one target after the other; returns how often the job was started."""
+) -> tuple[int, list[str]]:
+    """Run the night, killing one target after the other; returns how often the job was started and what was killed."""
     shards, starts = ARCHIVES * IMAGES // SHARD_IMAGES, 0
     waiting = [*targets]
     while True:
@@ -110,7 +110,7 @@ def disturbed(
                     time.sleep(1)
         output, _ = run.communicate(timeout=300)
         if run.returncode == 0:
-            return starts
+            return starts, targets[: len(targets) - len(waiting)]
         if starts > 4 + len(targets):
             raise AssertionError(f"not done after {starts} starts:\n{output}")
 
@@ -198,11 +198,13 @@ def chaos(runs: range, night: Path, models: Path, results: Path, server: Seaweed
         where, kept = places[seed % 2]
         targets = rng.choices(CLUSTER_TARGETS if seed % 2 else TARGETS, k=2)
         with two_nodes(server) if seed % 2 else nullcontext(kill_process) as kill:
-            starts = disturbed(where, models, kept / "disturbed", targets, rng, kill)
+            starts, killed = disturbed(where, models, kept / "disturbed", targets, rng, kill)
         found = differences(tables(kept / "disturbed"), expected[seed % 2])
         worst += found.total()
         (kept / "disturbed").remove_tree()
-        sys.stdout.write(f"seed {seed}: killed {', '.join(targets)}; {starts} starts; differences {dict(found)}\n")
+        sys.stdout.write(
+            f"seed {seed}: killed {', '.join(killed) or 'nothing'}; {starts} starts; differences {dict(found)}\n"
+        )
         sys.stdout.flush()
     return worst
 

@@ -55,6 +55,7 @@ def test_a_night_has_one_run_at_a_time_and_kills_leave_no_trace(models: Path, tm
     assert (len(expected["scores"]), len(expected["failures"])) == (63, 9)
 
     again = Location.parse(tmp_path / "disturbed")
-    starts = disturbed(night, models, again, ["actor", "job"], random.Random(0), kill_process)
+    starts, killed = disturbed(night, models, again, ["actor", "job"], random.Random(0), kill_process)
+    assert killed == ["actor", "job"]
     assert starts == 2, "the actor comes back by itself, the job is started again"
     assert not differences(tables(again), expected)

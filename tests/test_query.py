@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ from pipeline import s3_objects
 from pipeline.compaction import compact_night
 from pipeline.errors import UserError
 from pipeline.named_queries import QUERIES
-from pipeline.query import run_query
+from pipeline.query import SharedFile, run_query
 from pipeline.results import iter_maps, write_run
 from pipeline.storage import Location
 from tests.made_results import NIGHT, SCORED_AT, failure_row, score_row, some_maps, write
@@ -197,10 +201,50 @@ def test_results_without_any_table_have_views_without_rows(tmp_path: Path) -> No
         assert rows(Location.parse(tmp_path), f"SELECT * FROM {view}") == []
 
 
-def test_a_damaged_record_is_named(results: Location) -> None:
-    (results / "runs" / "x.json").write_bytes(b"{}")
+@pytest.mark.parametrize("change", [{"counts": []}, {"normal_scores": None}, {"archives": [{}]}, {"started": "today"}])
+def test_a_damaged_record_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    write_run(Location.parse(tmp_path), "x", record(NIGHT) | change)
     with pytest.raises(UserError, match=r"runs/x\.json"):
-        rows(results, "SELECT * FROM runs")
+        rows(Location.parse(tmp_path), "SELECT * FROM runs")
+
+
+def test_nights_and_categories_restrict_every_view(results: Location) -> None:
+    (results / "runs" / f"{OLD}-other.json").write_bytes(b"never read")
+    for view, counts in {"runs": 1, "archives": 2, "calibration": 40, "failures": 2}.items():
+        found = rows(results, f"SELECT count(*) AS n FROM {view}", nights=[NIGHT], categories=["widget"])
+        assert found == [{"n": counts}], view
+    assert rows(results, "SELECT * FROM archives", nights=[NIGHT], categories=["bolt"]) == []
+    for options in ({"nights": ["2025-03-99"]}, {"categories": ["wigdet"]}):
+        with pytest.raises(UserError, match="no results of"):
+            rows(results, "SELECT * FROM scores", **options)
+
+
+def test_times_are_utc_wherever_the_question_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(Location.parse(tmp_path))
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        (row,) = rows(Location.parse(tmp_path), "SELECT DISTINCT scored_at::DATE::VARCHAR AS day FROM scores")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert row == {"day": NIGHT}
+
+
+def test_threads_read_where_each_of_them_seeks(tmp_path: Path) -> None:
+    file = Location.parse(tmp_path / "x")
+    file.write_bytes(bytes(range(200)))
+    shared = SharedFile(file)
+    both = threading.Barrier(2)
+
+    def read(start: int) -> bytes:
+        shared.seek(start)
+        both.wait(10)
+        return shared.read(5)
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(read, (10, 100))) == [bytes(range(10, 15)), bytes(range(100, 105))]
+    shared.close()
 
 
 # --- ready-made questions -------------------------------------------------------------------------
@@ -211,10 +255,10 @@ def test_the_summary_counts_images_and_failures_of_every_night(results: Location
     found = ask(results, "nightly-summary")
     assert [(row["night"], row["category"], row["images"], row["anomalous"], row["failures"]) for row in found] == [
         (OLD, "bolt", 3, 0, 0),
-        (OLD, "widget", 5, 1, 2),
+        (OLD, "widget", 5, 1, 1),
         (NIGHT, "bolt", 3, 0, 0),
         (NIGHT, "empty", 0, 0, 1),
-        (NIGHT, "widget", 5, 1, 2),
+        (NIGHT, "widget", 5, 1, 1),
     ]
 
 
@@ -234,9 +278,19 @@ def test_defect_sizes_are_parts_of_the_photograph(results: Location) -> None:
 def test_failures_are_grouped_by_reason(results: Location) -> None:
     found = ask(results, "failures")
     assert [(row["night"], row["error"], row["images"]) for row in found] == [
-        (OLD, "truncated", 2),
-        (NIGHT, "truncated", 2),
+        (OLD, "truncated", 1),
+        (NIGHT, "truncated", 1),
     ]
+
+
+def test_a_photograph_that_failed_twice_or_was_scored_after_all_is_not_counted_twice(tmp_path: Path) -> None:
+    results = Location.parse(tmp_path)
+    scored_after_all = dataclasses.replace(failure_row(1), image_id=score_row(0).image_id)
+    for shard in ("a", "b"):
+        write(results, shard=shard, failures=[failure_row(0), scored_after_all])
+    (row,) = ask(results, "nightly-summary")
+    assert (row["images"], row["failures"]) == (3, 1)
+    assert [row["images"] for row in ask(results, "failures")] == [1]
 
 
 def test_the_slowest_archives_come_first(results: Location) -> None:
@@ -261,6 +315,17 @@ def test_drift_is_the_kolmogorov_smirnov_test_against_calibration(
     assert row["distance"] == pytest.approx(expected.statistic, abs=1e-3)
     assert row["p"] == pytest.approx(expected.pvalue, rel=0.3, abs=1e-12)
     assert (row["images"], row["normal_images"], row["verdict"]) == (count, 40, verdict)
+
+
+def test_drift_says_where_it_cannot_judge(tmp_path: Path) -> None:
+    results = Location.parse(tmp_path)
+    write(results)
+    (row,) = ask(results, "drift")
+    assert (row["verdict"], row["distance"]) == ("no calibration", None)
+    write(results, scores=[score_row(i, score=float(s)) for i, s in enumerate(CALIBRATION)], maps_nhw=None)
+    write_run(results, "run", record(NIGHT))
+    (row,) = ask(results, "drift", distance=0.0, min_images=1)
+    assert (row["distance"], row["p"], row["verdict"]) == (0, 1, "steady")
 
 
 # --- the job --------------------------------------------------------------------------------------
@@ -306,3 +371,24 @@ def test_an_answer_may_be_any_nesting(tmp_path: Path, capsys: pytest.CaptureFixt
     write(Location.parse(tmp_path))
     assert query(Options("SELECT regions, scored_at, NULL AS nothing FROM scores", str(tmp_path))) == 0
     assert '"area": 5' in capsys.readouterr().out
+
+
+def test_names_are_shown_as_they_are_and_columns_in_their_places(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["cam[/front]/a.png", "cam[front]/b.png", "x:warning:.png"]
+    write(Location.parse(tmp_path), scores=[score_row(i, member=name) for i, name in enumerate(names)])
+    assert query(Options('SELECT member, 1 AS n, 2 AS n, night AS "[b]" FROM scores ORDER BY 1', str(tmp_path))) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["member", "n", "n", "[b]"], *([name, "1", "2", NIGHT] for name in names)]
+
+
+def test_values_of_parameters_are_text_unless_the_question_casts_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = Location.parse(tmp_path)
+    write(results, category="0042")
+    write(results)
+    sql = "SELECT count(*) AS n FROM scores WHERE category = $c AND score > $s"
+    assert query(Options(sql, str(results), param=("c=0042", "s=0.05"), format="csv")) == 0
+    assert capsys.readouterr().out == "n\n2\n"

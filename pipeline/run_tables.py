@@ -1,0 +1,97 @@
+"""What runs/*.json say, as tables: a row for a run, for each of its archives, for each normal score of its models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import UserError
+from pipeline.night_files import file_name
+from pipeline.storage import Location
+
+READ_THREADS = 16
+
+RUNS_SCHEMA = pa.schema(
+    [
+        *[(name, pa.string()) for name in ("run", "night")],
+        *[(name, pa.timestamp("s", tz="UTC")) for name in ("started", "finished")],
+        *[(name, pa.float64()) for name in ("seconds", "images_per_second")],
+        *[(name, pa.int64()) for name in ("images", "scored", "failed", "anomalous", "skipped_shards", "lost_shards")],
+        ("exit_status", pa.int64()),
+        ("record", pa.string()),
+    ]
+)
+ARCHIVES_SCHEMA = pa.schema(
+    [
+        *[(name, pa.string()) for name in ("run", "night", "category", "archive", "kind")],
+        *[(name, pa.int64()) for name in ("scored", "failed", "anomalous", "bytes")],
+        ("seconds", pa.float64()),
+    ]
+)
+CALIBRATION_SCHEMA = pa.schema(
+    [("category", pa.string()), ("model_version", pa.string()), ("rank", pa.int32()), ("normal_score", pa.float64())]
+)
+
+RECORDS = {"runs": RUNS_SCHEMA, "archives": ARCHIVES_SCHEMA, "calibration": CALIBRATION_SCHEMA}
+
+
+def run_tables(results: Location, categories: Sequence[str] = (), nights: Sequence[str] = ()) -> dict[str, pa.Table]:
+    """The tables of RECORDS, of these categories and nights only where given. Raises UserError for a damaged record."""
+    begins = tuple(file_name(f"{night}-") for night in nights) or ("",)
+    files = [f for f in (results / "runs").files() if f.name.endswith(".json") and f.name.startswith(begins)]
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        found = list(threads.map(_tables, files))
+    joined = {
+        name: pa.concat_tables([schema.empty_table(), *(each[name] for each in found)])
+        for name, schema in RECORDS.items()
+    }
+    # A model that several runs scored with is one model.
+    calibration = {tuple(row.values()): None for row in joined["calibration"].to_pylist()}
+    joined["calibration"] = _typed(
+        [dict(zip(CALIBRATION_SCHEMA.names, row, strict=True)) for row in calibration], "calibration"
+    )
+    wanted = pa.array(categories, pa.string())
+    return {
+        name: table.filter(pc.is_in(table["category"], value_set=wanted))
+        if categories and "category" in table.column_names
+        else table
+        for name, table in joined.items()
+    }
+
+
+def _tables(file: Location) -> dict[str, pa.Table]:
+    """Of one record."""
+    run = file.name.removesuffix(".json")
+    try:
+        record: dict[str, Any] = file.read_json()
+        known = {"run": run, "record": json.dumps(record, ensure_ascii=False)} | record["counts"] | record
+        archives = [
+            each | {"run": run, "night": record["night"], "archive": each["location"]} for each in record["archives"]
+        ]
+        scores = [
+            {"category": category, "model_version": record["models"][category], "rank": rank, "normal_score": score}
+            for category, found in record.get("normal_scores", {}).items()
+            for rank, score in enumerate(found)
+        ]
+        return {
+            "runs": _typed([known], "runs"),
+            "archives": _typed(archives, "archives"),
+            "calibration": _typed(scores, "calibration"),
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise UserError(f"{file} is not a readable run record ({error!r}): remove it") from error
+
+
+def _typed(rows: list[dict[str, Any]], name: str) -> pa.Table:
+    """Rows as one of the tables; times may be ISO 8601 text."""
+    schema = RECORDS[name]
+    times = {field.name for field in schema if pa.types.is_timestamp(field.type)}
+    loose = pa.schema([(field.name, pa.string() if field.name in times else field.type) for field in schema])
+    return pa.Table.from_pylist([{key: row.get(key) for key in schema.names} for row in rows], schema=loose).cast(
+        schema
+    )
