@@ -88,7 +88,8 @@ QUERIES = {
             FROM calibration JOIN (SELECT DISTINCT night, category, model_version FROM newest) USING (category, model_version)
         ), steps AS (
             SELECT night, category, model_version,
-                   abs(sum(ours) OVER below / sum(ours) OVER whole - sum(1 - ours) OVER below / nullif(sum(1 - ours) OVER whole, 0)) AS gap,
+                   abs(sum(ours) OVER below / sum(ours) OVER whole
+                       - sum(1 - ours) OVER below / nullif(sum(1 - ours) OVER whole, 0)) AS gap,
                    sum(ours) OVER whole AS images, sum(1 - ours) OVER whole AS normal_images
             FROM pooled
             WINDOW whole AS (PARTITION BY night, category, model_version),
