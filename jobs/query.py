@@ -39,7 +39,7 @@ class Options:
     param: tuple[str, ...] = ()
     """Values for the $names of the query, as NAME=VALUE; see --list."""
     categories: tuple[str, ...] = ()
-    """Look at these categories only; all when omitted. What is left out is not even listed."""
+    """Look at these categories only; all when omitted. Files of others are not even listed."""
     nights: tuple[str, ...] = ()
     """Look at these nights only, YYYY-MM-DD; all when omitted."""
     format: Format = "table"

@@ -31,7 +31,7 @@ class ScoringActor:
 
     def __init__(self, plan: BatchPlan, workers: Workers) -> None:
         torch.set_num_threads(workers.threads)
-        # Arrow's own pool keeps what was freed, and nobody could give it back.
+        # Free memory of the system's allocator can be given back after every shard.
         pa.set_memory_pool(pa.system_memory_pool())
         self.plan = plan
         self.device = "cuda" if workers.gpus_per_actor > 0 else "cpu"
@@ -133,7 +133,7 @@ class ScoringActor:
 
 
 def give_back_free_memory() -> None:
-    """Return to the system what glibc keeps of freed memory, some 2 MiB more with every shard; elsewhere nothing."""
+    """Return to the system what glibc keeps of freed memory; with other allocators nothing."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -199,6 +199,7 @@ def chaos(runs: range, night: Path, models: Path, results: Path, server: Seaweed
         targets = rng.choices(CLUSTER_TARGETS if seed % 2 else TARGETS, k=2)
         with two_nodes(server) if seed % 2 else nullcontext(kill_process) as kill:
             starts, killed = disturbed(where, models, kept / "disturbed", targets, rng, kill)
+        assert killed, "nothing was killed: this run shows nothing"
         found = differences(tables(kept / "disturbed"), expected[seed % 2])
         worst += found.total()
         (kept / "disturbed").remove_tree()
