@@ -309,8 +309,15 @@ def chosen_scorer(options: Score, device: torch.device) -> Scorer:
     if (options.models is None) != (options.category is None):
         raise UserError("--models and --category go together: give both, or neither for random weights")
     if options.models is None or options.category is None:
-        return random_scorer(load_config(options.preset, options.set), device)
-    return load_scorer(model_info(Location.parse(options.models), options.category), device=device)
+        scorer = random_scorer(load_config(options.preset, options.set), device)
+    else:
+        scorer = load_scorer(model_info(Location.parse(options.models), options.category), device=device)
+    if scorer.config.scoring.method != "noise":
+        raise UserError(
+            f"preset {scorer.config.preset}: score compares with the published code, which scores by noise scales; "
+            "choose another preset or model"
+        )
+    return scorer
 
 
 def old_report(file: Location, name: str) -> dict[str, Any]:

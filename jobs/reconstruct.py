@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pipeline.archives import find_archives
+from pipeline.archives import Archive, find_archives
 from pipeline.batch import restore_archives
 from pipeline.batch_plan import BatchPlan, check_options
 from pipeline.command import OK, PARTIAL_FAILURE, console, run
+from pipeline.datasets import Layout, detect_layout
 from pipeline.errors import UserError
-from pipeline.model_store import model_info
+from pipeline.evaluation import labelled_archive
+from pipeline.model_store import model_categories, model_info
 from pipeline.progress import ScoringProgress, show_totals, size_text
 from pipeline.ray_session import ray_session
 from pipeline.restoration_methods import METHODS, MethodName
@@ -23,19 +25,24 @@ from pipeline.storage_checks import require_writable
 class Options:
     """Options of reconstruct."""
 
-    images: tuple[str, ...]
-    """Folders of photographs, or tar and zip files, or folders of them; paths or s3:// URIs."""
     models: str
     """Where train_all stored the models."""
     output: str
     """Folder or s3:// URI for the pictures, in the model's size (256 x 256): restored, and the difference in grey levels."""
+    images: tuple[str, ...] = ()
+    """Folders of photographs, or tar and zip files, or folders of them; paths or s3:// URIs."""
+    dataset: str = ""
+    """Instead of --images: the test photographs of this labelled data set; its masks come into the sheets."""
+    layout: Layout | None = None
+    """How the data set is laid out; found out by looking when omitted."""
     category: str | None = None
-    """Category of all photographs; otherwise a category=C part of the path, or the parent folder."""
+    """Category of all photographs; otherwise a category=C part of the path, or the parent folder. Of a data set the only one
+    that is restored; otherwise all that have a model."""
     method: MethodName = "conditioned"
     """conditioned: noise the photograph partly and sample back, pulled towards it where it is normal; gradient: descend on
     how far features lie from normal, and let the network clean up (Lu et al. 2023), which takes several times longer."""
     sheets: bool = False
-    """Also a sheet of each: photograph, heat map, restored, difference."""
+    """Also a sheet of each: photograph, ground truth with --dataset, restored, heat map, difference."""
     steps_strip: bool = False
     """Also the states on the way side by side."""
     shard_images: int = 32
@@ -53,10 +60,10 @@ def reconstruct(options: Options) -> int:
     """Restore; returns the exit status."""
     check_options(options.actors, options.shard_images, options.max_failure_fraction)
     output, models = Location.parse(options.output), Location.parse(options.models)
-    for images in map(Location.parse, options.images):
+    for images in map(Location.parse, [*options.images, *filter(None, [options.dataset])]):
         if output == images or output.uri.startswith(images.uri.rstrip("/") + "/"):
-            raise UserError(f"--output {output} lies in --images {images}: pictures would be restored again and again")
-    archives = tuple(each.fingerprinted() for each in find_archives(options.images, category=options.category))
+            raise UserError(f"--output {output} lies in {images}: pictures would be restored again and again")
+    archives, masks = labelled(options) if options.dataset else (given(options), None)
     plan = BatchPlan(
         archives=archives,
         models={category: model_info(models, category) for category in sorted({each.category for each in archives})},
@@ -67,7 +74,7 @@ def reconstruct(options: Options) -> int:
         started=datetime.now(UTC),
         max_failure_fraction=options.max_failure_fraction,
     )
-    settings = RestorePlan(output, METHODS[options.method], options.sheets, options.steps_strip)
+    settings = RestorePlan(output, METHODS[options.method], options.sheets, options.steps_strip, masks)
     sizes = [archive.size() for archive in archives]
     console.print(
         f"{len(archives)} archives, {size_text(sum(sizes))}, method {options.method}; pictures to {output}",
@@ -83,6 +90,24 @@ def reconstruct(options: Options) -> int:
         totals = restore_archives(plan, resources.scoring_workers(options.actors), settings, progress)
     show_totals(totals, plan.max_failure_fraction, verb="restored", failures_in=f"{settings.done}/*.json")
     return OK if totals.fine(plan.max_failure_fraction) else PARTIAL_FAILURE
+
+
+def given(options: Options) -> tuple[Archive, ...]:
+    """The photographs named by --images."""
+    if not options.images or options.layout:
+        raise UserError("give --images, or --dataset with its --layout")
+    return tuple(each.fingerprinted() for each in find_archives(options.images, category=options.category))
+
+
+def labelled(options: Options) -> tuple[tuple[Archive, ...], dict[str, Location | None]]:
+    """The test photographs of --dataset, and the mask of each by image id."""
+    if options.images:
+        raise UserError("--images and --dataset: give one of them")
+    dataset = Location.parse(options.dataset)
+    layout = options.layout or detect_layout(dataset)
+    chosen = [options.category] if options.category else model_categories(Location.parse(options.models))
+    found = [labelled_archive(dataset, layout, category) for category in chosen]
+    return tuple(archive for archive, _ in found), {key: mask for _, masks in found for key, mask in masks.items()}
 
 
 if __name__ == "__main__":

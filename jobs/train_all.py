@@ -32,7 +32,7 @@ from pipeline.training_board import Progress
 from pipeline.training_images import files_fingerprint
 from pipeline.training_job import TrainingJob
 
-SMALL_PRESETS = ("demo", "fast")
+SMALL_PRESETS = ("demo", "fast", "texture", "gaussian")
 """Several of their networks share a GPU."""
 
 
@@ -51,8 +51,9 @@ class Options:
     only_missing: bool = False
     """Leave out categories whose model was trained with the same settings on the same files."""
     preset: PresetName = "fast"
-    """Named settings: demo and fast for a CPU (minutes a category); for a GPU best, paper (as published) and unified
-    (the same with one network for all categories)."""
+    """Named settings: for a CPU (minutes a category) demo, fast, texture (restored photographs beside the given ones) and
+    gaussian (PaDiM, a baseline without training); for a GPU best, paper (as published) and unified (the same with one
+    network for all categories)."""
     set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SECTION.FIELD=VALUE ...")] = ()
     """Settings that differ from the preset, such as training.iterations=200."""
     select: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="SECTION.FIELD=[VALUE,VALUE] ...")] = None
@@ -67,7 +68,7 @@ class Options:
     workers_per_category: int = 1
     """Training workers that share one category's batch."""
     gpus_per_worker: float | None = None
-    """GPUs of a worker, 1 or a part of one; when omitted 0.25 for the presets demo and fast, else 1. Without GPUs it
+    """GPUs of a worker, 1 or a part of one; when omitted 0.25 for the presets meant for a CPU, else 1. Without GPUs it
     does not matter."""
     max_concurrent: int = 0
     """Categories trained at the same time; 0 takes as many as there is room for on the GPUs, or without GPUs one per CPU."""

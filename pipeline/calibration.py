@@ -21,7 +21,7 @@ from pipeline.scoring import BranchMaps, Calibration, Measure, Scorer
 
 SMALLEST_DEVIATION = 1e-6
 """Stands in for no deviation at all."""
-LATE = ("alpha", "map_sigma", "normalisation", "top_pixels")
+LATE = ("alpha", "map_sigma", "top_pixels")
 """Scoring settings that change nothing before the branches are combined."""
 
 
@@ -87,7 +87,7 @@ def measured(
 ) -> list[Candidate]:
     """Every measure with statistics of the held-out images, and the maps of all images under each."""
     return [
-        Candidate(_statistics(measure, normal), parts)
+        Candidate(_statistics(measure, normal, scorer.config.scoring.normalisation), parts)
         for measure, normal, parts in zip(
             measures,
             _branch_maps(scorer, measures, held_out_nhwc),
@@ -105,17 +105,18 @@ def _branch_maps(scorer: Scorer, measures: Sequence[Measure], images_nhwc: np.nd
     return parts
 
 
-def _statistics(measure: Measure, normal: list[BranchMaps]) -> Calibration:
+def _statistics(measure: Measure, normal: list[BranchMaps], normalisation: str) -> Calibration:
     pixel, feature = (torch.cat(maps) for maps in zip(*normal, strict=True))
     if not (pixel.isfinite().all() and feature.isfinite().all()):
         raise FloatingPointError("the network's maps of normal images are not finite: lower training.learning_rate")
+    scale = _maxima if normalisation == "maxima" else _mean_and_deviation
+    (pixel_mean, pixel_std), (feature_mean, feature_std) = scale(pixel), scale(feature)
     return Calibration(
         measure=measure,
-        pixel_mean=pixel.mean((0, 2, 3)),
-        # Photographs that are all the same leave no deviation.
-        pixel_std=pixel.std((0, 2, 3)).clamp(min=SMALLEST_DEVIATION),
-        feature_mean=feature.mean((0, 2, 3)),
-        feature_std=feature.std((0, 2, 3)).clamp(min=SMALLEST_DEVIATION),
+        pixel_mean=pixel_mean,
+        pixel_std=pixel_std,
+        feature_mean=feature_mean,
+        feature_std=feature_std,
         alpha=0.0,
         top_pixels=1,
         normal_scores=torch.zeros(0),
@@ -124,6 +125,17 @@ def _statistics(measure: Measure, normal: list[BranchMaps]) -> Calibration:
         false_alarms_low=0.0,
         false_alarms_high=1.0,
     )
+
+
+def _mean_and_deviation(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of maps (N, T, s, s), for each of T; photographs that are all the same leave no deviation."""
+    return maps.mean((0, 2, 3)), maps.std((0, 2, 3)).clamp(min=SMALLEST_DEVIATION)
+
+
+def _maxima(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What divides by the largest value of normal images: nothing to subtract, and the maxima of maps (N, T, s, s)."""
+    maxima = maps.amax((0, 2, 3)).clamp(min=SMALLEST_DEVIATION)
+    return torch.zeros_like(maxima), maxima
 
 
 def prediction_bound(values: np.ndarray, rate: float) -> float:

@@ -23,7 +23,7 @@ from pydantic import (
 from pipeline.diffusion.schedules import Schedule
 from pipeline.errors import UserError
 
-PresetName = Literal["demo", "fast", "best", "paper", "unified"]
+PresetName = Literal["demo", "fast", "texture", "gaussian", "best", "paper", "unified"]
 
 
 class Section(BaseModel):
@@ -71,8 +71,8 @@ class FeatureConfig(Section):
 class TrainingConfig(Section):
     """Optimisation of one category."""
 
-    iterations: int = Field(10_000, ge=1)
-    """Optimiser steps."""
+    iterations: int = Field(10_000, ge=0)
+    """Optimiser steps; 0 for a way of scoring that does not ask the network."""
     batch_size: int = Field(2, ge=1)
     """Images per step, over all workers of the category."""
     learning_rate: float = Field(1e-4, gt=0)
@@ -106,23 +106,41 @@ class TrainingConfig(Section):
         return share
 
 
+class RestorationConfig(Section):
+    """How photographs are restored where `scoring.method` is "restoration"."""
+
+    weight: float = Field(3.0, ge=0)
+    """Pull towards the photograph (w)."""
+    guidance: float = Field(0.3, ge=0)
+    """Push away from what the network says of the blurred image (s); 0 halves the time."""
+    blur: float = Field(9.0, ge=0)
+    """Of that image: standard deviation in pixels of one of 256."""
+    eta: float = Field(1.0, ge=0, le=1)
+    """Noise of each step: 0 none, 1 as ancestral sampling."""
+
+
 class ScoringConfig(Section):
     """How a trained network's outputs become one anomaly map and one score per image."""
 
+    method: Literal["noise", "restoration", "gaussian"] = "noise"
+    """What photographs are compared with: what the network says of their noised selves (Lu et al. 2023), what it restores them
+    to (conditioned, blur-guided), or only the Gaussian of normal features (PaDiM), without the network."""
+    restoration: RestorationConfig = Field(RestorationConfig(), description="Where `method` is restoration.")
     respaced_steps: int = Field(250, ge=2, le=1000)
     """Length of the respaced chain."""
     timesteps: tuple[NonNegativeInt, ...] = Field((5, 50, 100), min_length=1)
-    """Indices into the respaced chain at which each image is noised once."""
+    """Indices into the respaced chain at which each image is noised once, and from which it is restored if at all."""
     alpha: float | None = Field(0.5, ge=0, le=1)
     """Weight of the pixel branch; the feature branch has 1 - alpha. null: each model takes the one that finds defects
     implanted in its held-out normal images best."""
-    normalisation: Literal["calibration", "image"] = "calibration"
-    """KL and feature maps are centred and scaled by held-out normal images, or (published code) KL by each image itself."""
+    normalisation: Literal["calibration", "maxima", "image"] = "calibration"
+    """Pixel and feature maps are centred and scaled by held-out normal images, divided by their maxima, or (Lu et al.'s code)
+    the KL map is scaled by each image itself."""
     kl_sigma: float = Field(0.0, ge=0)
-    """Gaussian smoothing of the KL map before calibration, in map pixels, where `pixel` is "kl"."""
-    pixel: Literal["kl", "gaussian"] = "kl"
-    """The pixel branch: the KL map (published), or how far KL and the denoised image's change lie from what is normal at
-    their place."""
+    """Gaussian smoothing of the pixel branch before calibration, in map pixels, where `pixel` is "kl" or "distance"."""
+    pixel: Literal["kl", "distance", "gaussian", "none"] = "kl"
+    """The pixel branch: the KL map (published, of the method "noise"), the distance from the restored image ("restoration"),
+    how far either, with the change's sign, lies from what is normal at its place, or nothing ("gaussian")."""
     pixel_grid: int = Field(32, ge=4)
     """Side in cells of the grid on which `pixel` "gaussian" measures."""
     pixel_window: int = Field(3, ge=1)
@@ -194,6 +212,7 @@ class Config(Section):
             raise ValueError(
                 f"scoring.pixel_grid = {self.scoring.pixel_grid}: must divide network.image_size ({net.image_size})"
             )
+        self._require_a_fitting_pixel_branch()
         if self.scoring.covariance == "none" and self.scoring.prediction == "ignore":
             raise ValueError('scoring.prediction = "ignore": needs a scoring.covariance other than "none"')
         if self.features.context_stages and self.scoring.covariance == "none":
@@ -204,7 +223,29 @@ class Config(Section):
             raise ValueError(
                 f"scoring.timesteps = {self.scoring.timesteps}: each must be below respaced_steps ({self.scoring.respaced_steps})"
             )
+        highest = (999 * max(self.scoring.timesteps)) // (self.scoring.respaced_steps - 1)
+        if self.scoring.method != "gaussian" and highest >= self.training.max_timestep:
+            raise ValueError(
+                f"training.max_timestep = {self.training.max_timestep}: scoring.timesteps reach {highest} of 1000"
+            )
         return self
+
+    def _require_a_fitting_pixel_branch(self) -> None:
+        scoring = self.scoring
+        published = {"noise": "kl", "restoration": "distance"}.get(scoring.method)
+        fitting = (published, "gaussian") if published else ("none",)
+        if scoring.pixel not in fitting:
+            raise ValueError(
+                f'scoring.pixel = "{scoring.pixel}": with scoring.method = "{scoring.method}" choose '
+                + " or ".join(f'"{each}"' for each in fitting if each)
+            )
+        if scoring.method != "gaussian":
+            if self.training.iterations == 0:
+                raise ValueError(
+                    'training.iterations = 0: only scoring.method = "gaussian" does without a trained network'
+                )
+        elif (scoring.alpha, scoring.prediction) != (0.0, "ignore"):
+            raise ValueError('scoring.method = "gaussian": needs scoring.alpha = 0 and scoring.prediction = "ignore"')
 
     def digest(self) -> str:
         """Twelve hex digits naming these settings (the preset's name aside): equal settings, equal digest."""
@@ -256,6 +297,56 @@ PRESETS: dict[PresetName, Config] = {
             context_weight=None,
             map_sigma=2.0,
             top_pixels=None,
+        ),
+    ),
+    # For textures: restored photographs beside the given ones (conditioned, blur-guided). Smoothing and image score as in
+    # published anomaly maps of this kind; the rest of what calibration leaves open every model chooses by itself.
+    "texture": Config(
+        preset="texture",
+        network=NetworkConfig(
+            image_size=128,
+            model_channels=32,
+            channel_mult=(1, 2, 4, 6, 8),
+            num_res_blocks=1,
+            attention_resolutions=(8, 16),
+            num_head_channels=32,
+        ),
+        features=FeatureConfig(input_size=512, grid=64, neighbourhood=5),
+        training=TrainingConfig(iterations=400, batch_size=4, learning_rate=4e-4, ema_decay=0.99, max_timestep=450),
+        scoring=ScoringConfig(
+            method="restoration",
+            restoration=RestorationConfig(guidance=0.0),
+            respaced_steps=40,
+            timesteps=(9,),
+            alpha=None,
+            pixel="gaussian",
+            prediction="select",
+            covariance="select",
+            map_sigma=4.0,
+            top_pixels=1,
+        ),
+    ),
+    # PaDiM's map (Defard et al. 2021) as a baseline: no training, and a network that nobody asks.
+    "gaussian": Config(
+        preset="gaussian",
+        network=NetworkConfig(
+            image_size=64,
+            model_channels=32,
+            channel_mult=(1,),
+            num_res_blocks=1,
+            attention_resolutions=(),
+            num_head_channels=32,
+        ),
+        features=FeatureConfig(stages=(1, 2, 3), grid=64),
+        training=TrainingConfig(iterations=0),
+        scoring=ScoringConfig(
+            method="gaussian",
+            alpha=0.0,
+            pixel="none",
+            prediction="ignore",
+            covariance="place",
+            map_sigma=4.0,
+            top_pixels=1,
         ),
     ),
     # What the CPU study found (pipeline/ACCURACY.md), at twice the network's resolution and width, for one data-centre GPU.

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import Config
+from pipeline.denoiser import Denoiser
 from pipeline.diffusion.loss import Losses, training_loss
 from pipeline.diffusion.process import DiffusionProcess
 from pipeline.errors import UserError
 from pipeline.features import FeatureExtractor
 from pipeline.images import to_unit_range
-from pipeline.scoring import Denoiser, Scorer
+from pipeline.scoring import Scorer
 
 
 def batch_indices(count: int, step: int, batch_size: int, seed: int) -> np.ndarray:
@@ -104,18 +105,13 @@ class Fit:
         """Whether all iterations are done."""
         return self.step >= self.config.training.iterations
 
-    def _autocast(self) -> torch.autocast:
-        enabled = self.config.training.precision == "bfloat16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
-
     @torch.no_grad()
     def _measure_features(self) -> None:
         """Mean and deviation of every feature channel over the training photographs."""
         sums = torch.zeros(2, self.extractor.channels, dtype=torch.float64, device=self.device)
         for start in range(0, len(self.images), 8):
             x = self._photographs(slice(start, start + 8))
-            with self._autocast():
-                features = self.extractor(x).double()
+            features = self.denoiser.features(self.extractor, x).double()
             sums += torch.stack([features.sum((0, 2, 3)), features.square().sum((0, 2, 3))])
         cells = len(self.images) * self.extractor.grid**2
         mean = sums[0] / cells
@@ -144,11 +140,11 @@ class Fit:
         x = self._photographs(indices)
         if training.rotation_degrees > 0:
             x = rotate(x, angles).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad(), self._autocast():
-            target = self.denoiser.target(self.extractor(x))
+        with torch.no_grad():
+            target = self.denoiser.target(self.denoiser.features(self.extractor, x))
         x_start = self.denoiser.shrink(x)
         x_t = self.process.q_sample(x_start, t, noise).contiguous(memory_format=torch.channels_last)
-        with self._autocast():
+        with self.denoiser.autocast(self.device):
             labels = None if self.labels is None else self.labels[indices].to(self.device)
             output = self.module(x_t, self.process.network_timesteps(t), labels)
         losses = training_loss(

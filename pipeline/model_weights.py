@@ -12,11 +12,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from pipeline.denoiser import Denoiser
 from pipeline.errors import UserError
 from pipeline.features import FeatureExtractor
 from pipeline.gaussian import NormalGaussian
 from pipeline.model_store import FORMAT, ModelInfo
-from pipeline.scoring import Calibration, Denoiser, Measure, Scorer
+from pipeline.scoring import Calibration, Measure, Scorer
 from pipeline.storage import Location
 
 _TENSORS = ("pixel_mean", "pixel_std", "feature_mean", "feature_std", "normal_scores")

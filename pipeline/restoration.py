@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.denoiser import repainted
 from pipeline.diffusion.process import DiffusionProcess
 from pipeline.diffusion.restore import conditioned_reconstruction, gradient_denoising
 from pipeline.diffusion.sampling import Prediction, seeded_noise
 from pipeline.errors import UserError
 from pipeline.images import to_unit_range
 from pipeline.restoration_methods import Conditioned, GradientDenoising, Method
-from pipeline.scoring import Scorer, gaussian_blur
+from pipeline.scoring import Scorer
+from pipeline.smoothing import gaussian_blur
 
 REGION_MARGIN = 4
 """Pixels of a map of 256 by which a region is widened before it is restored."""
@@ -68,8 +70,7 @@ class Restorer:
         start = self.scorer.denoiser.shrink(photograph)
 
         def enlarged(x: Tensor) -> Tensor:
-            change = F.interpolate(x - start, size=photograph.shape[-2:], mode="bilinear", align_corners=False)
-            return photograph + change
+            return repainted(photograph, x - start)
 
         def shown(x: Tensor) -> np.ndarray:
             whole = enlarged(x)
@@ -102,9 +103,6 @@ class Restorer:
             weight = method.weight * (1 - F.adaptive_max_pool2d(regions, side))
         sigma = method.blur * side / 256
 
-        def blur(x: Tensor) -> Tensor:
-            return gaussian_blur(x.flatten(0, 1), sigma).view_as(x)
-
         yield from conditioned_reconstruction(
             self.process,
             self._predict,
@@ -112,7 +110,7 @@ class Restorer:
             start=method.start,
             weight=weight,
             guidance=method.guidance,
-            blur=blur,
+            blur=lambda x: gaussian_blur(x, sigma),
             noise=seeded_noise(seeds, side, self.scorer.device),
             eta=method.eta,
         )
@@ -131,10 +129,8 @@ class Restorer:
         expected = (evidence.features - evidence.residuals).clone() if measure.subtract_prediction else 0.0
 
         def distance(x: Tensor) -> Tensor:
-            whole = enlarged(x).contiguous(memory_format=torch.channels_last)
-            with self.scorer.autocast():
-                features = self.scorer.denoiser.target(self.scorer.extractor(whole))
-            vectors = features - expected
+            denoiser = self.scorer.denoiser
+            vectors = denoiser.target(denoiser.features(self.scorer.extractor, enlarged(x))) - expected
             return vectors.square().mean(1) if measure.feature is None else measure.feature.distance(vectors)
 
         def is_normal(x: Tensor) -> Tensor:
@@ -155,18 +151,13 @@ class Restorer:
 
     def _predict(self, x_t: Tensor, t: Tensor) -> Prediction:
         self.evaluations += len(x_t)
-        scorer = self.scorer
-        labels = None if scorer.label is None else torch.full_like(t, scorer.label)
-        with scorer.autocast():
-            output = scorer.denoiser.unet(
-                x_t.contiguous(memory_format=torch.channels_last), self.process.network_timesteps(t), labels
-            )
+        output = self.scorer.denoiser(self.process, x_t, t, self.scorer.label)
         return Prediction(*output.prediction.float().chunk(2, dim=1))
 
 
 def _feathered(regions: Tensor) -> Tensor:
     """Regions with soft edges, so that what is pasted has no seam."""
-    return gaussian_blur(regions[:, 0], REGION_MARGIN / 2 * regions.shape[-1] / 256)[:, None]
+    return gaussian_blur(regions, REGION_MARGIN / 2 * regions.shape[-1] / 256)
 
 
 def photographs(x: Tensor) -> np.ndarray:

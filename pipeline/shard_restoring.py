@@ -3,7 +3,7 @@
 OUTPUT/<category>/<settings>/<version>/<archive>/<member>-<id>
     .restored.png     the photograph made normal, at the model's side
     .difference.png   mean absolute difference of both, in grey levels
-    .sheet.png        with sheets: photograph, anomaly map, restored, difference
+    .sheet.png        with sheets: photograph, ground truth where there is a labelled data set, restored, anomaly map, difference
     .steps.png        with steps: the states on the way
 OUTPUT/_shards/<settings>/<shard>.json   written last: what was restored, and what failed and why
 """
@@ -14,7 +14,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from pipeline.batch_plan import BatchPlan, Workers
 from pipeline.errors import UserError
 from pipeline.export_names import safe_part
 from pipeline.heat_maps import heat_map, heat_scale
-from pipeline.images import encode_png
+from pipeline.images import ImageError, decode_mask, encode_png, resize_mask
 from pipeline.memory import give_back_free_memory, use_system_allocator
 from pipeline.restoration_methods import Method
 from pipeline.shard_reading import without_images
@@ -48,11 +48,13 @@ class RestorePlan:
     method: Method
     sheets: bool
     steps: bool
+    masks: Mapping[str, Location | None] | None = None
+    """Of a labelled data set: by image id where the defect is, None for a normal photograph."""
 
     @property
     def name(self) -> str:
         """Of these settings: others leave other files."""
-        settings = json.dumps([asdict(self.method), self.sheets, self.steps])
+        settings = json.dumps([asdict(self.method), self.sheets, self.steps, *["labelled"][: self.masks is not None]])
         return f"{type(self.method).__name__.lower()}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
     @property
@@ -160,20 +162,37 @@ class RestoringActor:
             for i, name in enumerate(of_them):
                 stem = safe_part(name.rpartition(".")[0] or name)
                 pictures = self._pictures(
-                    [state[i] for state in states], scored.maps[i], scorer.calibration.pixel_threshold
+                    [state[i] for state in states],
+                    scored.maps[i],
+                    scorer.calibration.pixel_threshold,
+                    self._ground_truth(ids[i], side),
                 )
                 for kind, picture in pictures.items():
                     (folder / f"{stem}-{ids[i][:8]}.{kind}.png").write_bytes(encode_png(picture))
         return anomalous
 
-    def _pictures(self, states: list[np.ndarray], map_hw: np.ndarray, pixel_threshold: float) -> dict[str, np.ndarray]:
-        """Of one photograph, uint8: from its states, the first of which it is itself, and its anomaly map."""
+    def _ground_truth(self, image: str, side: int) -> list[np.ndarray]:
+        """The mask of a photograph as a picture, uint8 (side, side, 3), white on the defect; none without labels or sheets."""
+        if self.settings.masks is None or not self.settings.sheets:
+            return []
+        mask = self.settings.masks[image]
+        try:
+            defect = np.zeros((side, side), bool) if mask is None else resize_mask(decode_mask(mask.read_bytes()), side)
+        except ImageError as error:
+            raise UserError(f"{mask}: {error}: replace it") from error
+        return [np.repeat(np.uint8(255) * defect[..., None], 3, -1)]
+
+    def _pictures(
+        self, states: list[np.ndarray], map_hw: np.ndarray, pixel_threshold: float, ground_truth: list[np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Of one photograph, uint8: from its states, the first of which it is itself, its anomaly map, and its mask if known."""
         image, restored = states[0], states[-1]
         difference = np.abs(restored.astype(np.int16) - image).mean(-1).round().astype(np.uint8)
         found = {"restored": restored, "difference": difference}
         if self.settings.sheets:
             heat = heat_map(map_hw, image, *heat_scale([map_hw], pixel_threshold))
-            found["sheet"] = np.concatenate([image, heat, restored, np.repeat(difference[..., None], 3, -1)], axis=1)
+            change = np.repeat(difference[..., None], 3, -1)
+            found["sheet"] = np.concatenate([image, *ground_truth, restored, heat, change], axis=1)
         if self.settings.steps:
             chosen = np.unique(np.linspace(0, len(states) - 1, min(STRIP_STATES, len(states))).round().astype(int))
             found["steps"] = np.concatenate([states[i] for i in chosen], axis=1)

@@ -62,7 +62,7 @@ class HalfBlind(Scorer):
 
 
 @pytest.mark.parametrize(
-    ("blind", "allowed"), [(("kl", "denoising"), ALPHAS[:5]), (("squares", "residuals", "features"), ALPHAS[5:])]
+    ("blind", "allowed"), [(("pixel", "denoising"), ALPHAS[:5]), (("feature", "residuals", "features"), ALPHAS[5:])]
 )
 @pytest.mark.parametrize("pixel", ["kl", "gaussian"])
 def test_a_model_trusts_the_branch_that_finds_implanted_defects(
@@ -109,7 +109,7 @@ def test_image_normalisation_scales_kl_by_its_own_image_and_leaves_features(cali
     for image in maps.pixel:
         assert image.mean().item() == pytest.approx(0, abs=1e-4)
         assert image.std().item() == pytest.approx(1, abs=1e-4)
-    torch.testing.assert_close(maps.feature, scorer.upsample(scorer.evidence(fresh[:4]).squares)[:, 0])
+    torch.testing.assert_close(maps.feature, scorer.upsample(scorer.evidence(fresh[:4]).feature)[:, 0])
     assert np.isfinite(scorer.calibration.threshold)
 
 

@@ -93,6 +93,21 @@ MISTAKES = {
         ["--images", "{tmp}", "--models", "{tmp}", "--output", "{tmp}/o"],
         "again and again",
     ),
+    "scored as nobody published": (
+        "benchmark",
+        ["score", "--preset", "gaussian"],
+        "choose another preset",
+    ),
+    "restored from two places": (
+        "reconstruct",
+        ["--images", "{data}", "--dataset", "{data}", "--models", "{tmp}", "--output", "{tmp}/o"],
+        "give one of them",
+    ),
+    "nothing named to restore": (
+        "reconstruct",
+        ["--models", "{tmp}", "--output", "{tmp}/o"],
+        "give --images",
+    ),
     "nothing trained": (
         "evaluate",
         ["--dataset", "{data}", "--models", "{tmp}", "--results", "{tmp}/r"],
@@ -137,7 +152,7 @@ def test_a_mistake_is_one_line_with_a_remedy_and_status_2(start, mistake: str, d
     assert expected in line
 
 
-SUBCOMMANDS = {"benchmark": ("score", "train", "metrics", "decode", "pipeline", "fleet")}
+SUBCOMMANDS = {"benchmark": ("score", "train", "metrics", "decode", "pipeline", "fleet", "restore")}
 COMMANDS = [
     (path.stem, *subcommand)
     for path in sorted((ROOT / "jobs").glob("*.py"))

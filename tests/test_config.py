@@ -112,11 +112,17 @@ def test_overrides_may_change_fields_that_only_fit_together():
     ("override", "told"),
     [
         ("training.iterations=many", "training.iterations: .*integer.*'many'"),
-        ("training.iterations=0", "training.iterations: .*greater than or equal to 1"),
+        ("training.iterations=-1", "training.iterations: .*greater than or equal to 0"),
         ("scoring.alpha=2", "scoring.alpha: .*less than or equal to 1.*given 2"),
         ("training.precision=float16", "training.precision: .*'bfloat16' or 'float32'"),
         ("schedule=sqrt", "schedule: .*'linear' or 'cosine'"),
         ("scoring.timesteps=[5, 250]", r"scoring.timesteps = \(5, 250\): each must be below respaced_steps \(250\)"),
+        ("training.max_timestep=300", "training.max_timestep = 300: scoring.timesteps reach 401 of 1000"),
+        ("training.iterations=0", 'only scoring.method = "gaussian" does without a trained network'),
+        ("scoring.pixel=distance", 'with scoring.method = "noise" choose "kl" or "gaussian"'),
+        ("scoring.pixel=none", 'with scoring.method = "noise" choose "kl" or "gaussian"'),
+        ("scoring.restoration.weight=-1", "scoring.restoration.weight: .*greater than or equal to 0"),
+        ("scoring.restoration=1", "expected SECTION.FIELD=VALUE"),
         ("scoring.timesteps=[-1]", "scoring.timesteps"),
         ("scoring.timesteps=[]", "scoring.timesteps"),
         ("scoring.respaced_steps=2000", "scoring.respaced_steps: .*1000"),
@@ -141,6 +147,19 @@ def test_wrong_overrides_are_refused_in_one_line(override, told):
     assert text.startswith("--set ")
     assert "\n" not in text
     assert len(text) < 200
+
+
+def test_ways_of_scoring_have_their_own_pixel_branches():
+    config = load_config("texture", ["scoring.restoration.weight=1.5", "scoring.pixel=distance"])
+    assert (config.scoring.restoration.weight, config.scoring.pixel) == (1.5, "distance")
+    for preset, override, told in (
+        ("texture", "scoring.pixel=kl", 'with scoring.method = "restoration" choose "distance" or "gaussian"'),
+        ("gaussian", "scoring.pixel=kl", 'with scoring.method = "gaussian" choose "none"'),
+        ("gaussian", "scoring.alpha=0.5", "needs scoring.alpha = 0"),
+        ("gaussian", "scoring.prediction=subtract", 'and scoring.prediction = "ignore"'),
+    ):
+        with pytest.raises(UserError, match=told):
+            load_config(preset, [override])
 
 
 def test_unknown_fields_are_refused():

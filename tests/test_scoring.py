@@ -7,15 +7,11 @@ import pytest
 import torch
 from scipy import ndimage
 
+from pipeline.denoiser import Denoiser
+from pipeline.evidence import denoising_cells, fixed_noise
 from pipeline.regions import find_regions
-from pipeline.scoring import (
-    Denoiser,
-    Scorer,
-    denoising_cells,
-    fixed_noise,
-    gaussian_blur,
-    top_means,
-)
+from pipeline.scoring import Scorer, top_means
+from pipeline.smoothing import gaussian_blur
 
 
 def spoiled(images):
@@ -71,11 +67,11 @@ def test_the_noise_belongs_to_the_model(tiny, variant):
 
 def test_evidence_has_one_entry_per_noise_scale(scorer, fresh):
     evidence = scorer.evidence(fresh[:3])
-    assert evidence.kl.shape == (3, 3, 16, 16)
+    assert evidence.pixel.shape == (3, 3, 16, 16)
     assert evidence.denoising.shape == (3, 12, 8, 8)
-    assert evidence.squares.shape == (3, 3, 8, 8)
+    assert evidence.feature.shape == (3, 3, 8, 8)
     assert evidence.residuals.shape == evidence.features.shape == (3, 40, 8, 8)
-    assert (evidence.kl >= 0).all()
+    assert (evidence.pixel >= 0).all()
 
 
 def test_denoising_cells_are_means_over_a_window_of_cells():
@@ -96,8 +92,8 @@ def test_every_measure_gives_two_maps(calibrated, fresh):
     published = calibrated(scoring=settings | {"covariance": "none"})
     evidence = published.evidence(fresh[:2])
     found = published.branch_maps(evidence, published.calibration.measure)
-    assert found.pixel.shape == evidence.kl.shape
-    assert found.feature is evidence.squares
+    assert found.pixel.shape == evidence.pixel.shape
+    assert found.feature is evidence.feature
     ours = calibrated(scoring=settings | {"covariance": "place", "pixel": "gaussian", "prediction": "ignore"})
     measure = ours.calibration.measure
     found = ours.branch_maps(evidence, measure)

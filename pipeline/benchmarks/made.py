@@ -10,9 +10,10 @@ from scipy import ndimage
 
 from pipeline.calibration import measured
 from pipeline.config import Config, ScoringConfig
+from pipeline.denoiser import Denoiser
 from pipeline.features import FeatureExtractor
 from pipeline.measures import fit_measures
-from pipeline.scoring import Denoiser, Scorer
+from pipeline.scoring import Scorer
 from pipeline.textures import photograph
 
 CLASSES = 15

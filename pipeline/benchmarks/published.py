@@ -12,10 +12,11 @@ from pipeline.config import Config
 from pipeline.diffusion.group_norm import GroupNorm
 from pipeline.diffusion.loss import kl_map
 from pipeline.diffusion.unet import UNet, UNetOutput
+from pipeline.evidence import Evidence, denoising_cells, fixed_noise
 from pipeline.features import FeatureExtractor
 from pipeline.fit import Fit
 from pipeline.images import to_unit_range
-from pipeline.scoring import Evidence, Scorer, denoising_cells
+from pipeline.scoring import Scorer
 
 SCORING = (
     "baseline: batch 1, float32, eager, default memory layout, one noise scale at a time, "
@@ -51,13 +52,13 @@ class PublishedScorer(Scorer):
         target = self.denoiser.target(self.extractor(x))
         labels = None if self.label is None else torch.tensor([self.label], device=self.device)
         kl, denoising, residuals = [], [], []
-        for index, noise in zip(scoring.timesteps, self.noise, strict=True):
+        for index, noise in zip(scoring.timesteps, fixed_noise(self.config).to(self.device), strict=True):
             t = torch.tensor([index], device=self.device)
-            x_t = self.process.q_sample(x_start, t, noise[None])
-            told = self.process.network_timesteps(t)
+            x_t = self.source.process.q_sample(x_start, t, noise[None])
+            told = self.source.process.network_timesteps(t)
             eps, v = self.denoiser.unet(x_t, told, labels).prediction.chunk(2, dim=1)
-            kl.append(kl_map(self.process, x_start, x_t, t, eps, v))
-            changed = x_start - self.process.predict_x_start(x_t, t, eps).clamp(-1, 1)
+            kl.append(kl_map(self.source.process, x_start, x_t, t, eps, v))
+            changed = x_start - self.source.process.predict_x_start(x_t, t, eps).clamp(-1, 1)
             denoising.append(denoising_cells(kl[-1], changed, scoring.pixel_grid, scoring.pixel_window))
             residuals.append(target - self.denoiser.unet(x_t, told, labels).features)
         residual = torch.stack(residuals, 1)

@@ -16,7 +16,8 @@ from pipeline.choice import DEFECTS_PER_IMAGE, implanted
 from pipeline.images import to_unit_range
 from pipeline.restoration import Restorer, photographs
 from pipeline.restoration_methods import Conditioned, GradientDenoising, Method
-from pipeline.scoring import Scorer, gaussian_blur
+from pipeline.scoring import Scorer
+from pipeline.smoothing import gaussian_blur
 
 BLUR_SIGMA = 4.0
 """Pixels of 256: the simplest of restorations, a blur of the whole photograph."""
@@ -113,4 +114,4 @@ def _in_batches(restorer: Restorer) -> Callable[[np.ndarray], np.ndarray]:
 
 def _blurred(images: np.ndarray, sigma: float) -> np.ndarray:
     x = torch.from_numpy(to_unit_range(images))
-    return photographs(gaussian_blur(x.flatten(0, 1), sigma).view_as(x))
+    return photographs(gaussian_blur(x, sigma))
