@@ -36,7 +36,7 @@ class Denoiser(nn.Module):
         low_precision = self.config.training.precision == "bfloat16"
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low_precision)
 
-    def forward(self, process: DiffusionProcess, x_t: Tensor, t: Tensor, label: int | None = None) -> UNetOutput:
+    def predict(self, process: DiffusionProcess, x_t: Tensor, t: Tensor, label: int | None = None) -> UNetOutput:
         """The network's answer to x_t (N, 3, S, S) at the process's indices t (N,); label: the class, where it has classes."""
         labels = None if label is None else torch.full_like(t, label)
         with self.autocast(x_t.device):

@@ -75,7 +75,7 @@ class NoiseScales(Source):
         t = torch.tensor(self.config.scoring.timesteps, device=x.device).repeat(batch)
         x_start = self.denoiser.shrink(x).repeat_interleave(steps, 0)
         x_t = self.process.q_sample(x_start, t, self.noise.repeat(batch, 1, 1, 1))
-        output = self.denoiser(self.process, x_t, t, self.label)
+        output = self.denoiser.predict(self.process, x_t, t, self.label)
         target = self.denoiser.target(self.denoiser.features(self.extractor, x))
         eps, v = output.prediction.float().chunk(2, dim=1)
         kl = kl_map(self.process, x_start, x_t, t, eps, v)
@@ -121,7 +121,7 @@ class Restoration(Source):
         draws = seeded_noise([self.config.training.seed + scale], side, x_start.device)
 
         def predict(x_t: Tensor, t: Tensor) -> Prediction:
-            output = self.denoiser(self.process, x_t, t, self.label)
+            output = self.denoiser.predict(self.process, x_t, t, self.label)
             return Prediction(*output.prediction.float().chunk(2, dim=1))
 
         *_, restored = conditioned_reconstruction(

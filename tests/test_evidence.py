@@ -23,7 +23,7 @@ class GreyWorld(Denoiser):
     grey = 0.25
     deviation = 0.0
 
-    def forward(self, process: DiffusionProcess, x_t, t, label=None) -> UNetOutput:
+    def predict(self, process: DiffusionProcess, x_t, t, label=None) -> UNetOutput:
         abar, variance = process.alphas_cumprod, self.deviation**2
         signal, noise = at(np.sqrt(abar), t, x_t), at(np.sqrt(1 - abar), t, x_t)
         gain = variance * signal / (signal**2 * variance + noise**2)
@@ -111,7 +111,7 @@ def test_restoration_finds_implanted_defects(calibrated, fresh):
 
 
 class Unasked(Denoiser):
-    def forward(self, process, x_t, t, label=None) -> UNetOutput:
+    def predict(self, process, x_t, t, label=None) -> UNetOutput:
         raise AssertionError("the network is not asked")
 
 
