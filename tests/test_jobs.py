@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -121,6 +122,30 @@ class TestEvaluation:
         assert {row["category"]: row["pixel_auroc"] for row in table} == {
             name: metrics["pixel_auroc"] for name, metrics in found["categories"].items()
         }
+
+
+@pytest.mark.slow
+def test_textures_in_the_layout_of_dtd_synthetic_are_scored_by_restoration(dataset: Path, tmp_path: Path) -> None:
+    texture, models = tmp_path / "dtd/Blotchy_099", tmp_path / "models"
+    shutil.copytree(dataset / "brick/train/good", texture / "train/good")
+    shutil.copytree(dataset / "brick/test/good", texture / "test/good")
+    for folder in ("test/bad", "ground_truth/bad"):
+        (texture / folder).mkdir(parents=True)
+    for mask in (dataset / "brick/ground_truth").glob("*/*_mask.png"):
+        image, name = mask.name.replace("_mask", ""), f"{mask.parent.name}_{mask.name}"
+        shutil.copy(mask, texture / "ground_truth/bad" / name)
+        shutil.copy(dataset / "brick/test" / mask.parent.name / image, texture / "test/bad" / name.replace("_mask", ""))
+    settings = [*TINY, "features.input_size=null"]
+    trained = job("train_all", "--dataset", tmp_path / "dtd", "--models", models, "--preset", "texture", *settings)
+    assert "(dtd), preset texture" in succeeded(trained)
+    report = tmp_path / "metrics.json"
+    arguments = ["--dataset", tmp_path / "dtd", "--models", models, "--results", tmp_path / "results"]
+    succeeded(job("evaluate", *arguments, "--json", report))
+    metrics = json.loads(report.read_text())["categories"]["Blotchy_099"]
+    assert (metrics["images"], metrics["regions"] >= 5) == (9, True)
+    assert metrics["pixel_auroc"] > 0.5
+    scores = rows(tmp_path / "results", "scores")
+    assert len({row["kl_score"] for row in scores}) == 9, "the restored photographs' own score"
 
 
 @pytest.mark.slow

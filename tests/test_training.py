@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.images import encode_png
 from pipeline.model_store import model_info
 from pipeline.model_versions import up_to_date
+from pipeline.model_weights import load_scorer
 from pipeline.storage import Location
 from pipeline.training import train
 from pipeline.training_images import load_photographs
@@ -151,6 +152,30 @@ def test_one_network_of_two_categories_knows_which_is_which(job: TrainingJob) ->
     assert {info.classes for info in infos.values()} == {("cloth", "wool")}
     assert [info.provenance["training_images"] for info in infos.values()] == [8, 5]
     assert stored_weights(both, "cloth") != stored_weights(both, "wool")
+
+
+@pytest.mark.parametrize("folder", ["local"], indirect=True)
+@pytest.mark.parametrize(
+    ("iterations", "scoring"),
+    [
+        (24, {"method": "restoration", "pixel": "gaussian", "respaced_steps": 40, "timesteps": (9,)}),
+        (0, {"method": "gaussian", "pixel": "none", "alpha": 0.0, "prediction": "ignore", "covariance": "place"}),
+    ],
+)
+def test_other_ways_of_scoring_are_stored_and_read_like_the_first(
+    job: TrainingJob, variant: Callable[..., Config], iterations: int, scoring: dict[str, object]
+) -> None:
+    config = variant(training={"iterations": iterations}, scoring=scoring)
+    run(dataclasses.replace(job, config=config))
+    info = model_info(job.models, "cloth")
+    assert info.config == config
+    photographs = make_photographs(6, seed=3)
+    spoiled = photographs.copy()
+    spoiled[:, 8:16, 16:24] = 255
+    scorer = load_scorer(info)
+    scores = scorer.score(spoiled).scores
+    assert (scores > scorer.score(photographs).scores.max()).all()
+    assert (scores > info.calibration["threshold"]).all()
 
 
 @pytest.mark.parametrize("folder", ["local"], indirect=True)
