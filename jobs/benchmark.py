@@ -234,8 +234,11 @@ def measure(options: Benchmark) -> Measured:
         return measure_restore(scorer, held_out[: options.images], scorer.config.training.seed + 1)
     matrix_side = options.matrix or (8192 if device.type == "cuda" else 4096)
     if isinstance(options, Train):
+        config = load_config(options.preset, options.set)
+        if config.training.iterations == 0:
+            raise UserError(f"preset {config.preset} trains no network: choose another preset")
         return measure_train(
-            load_config(options.preset, options.set),
+            config,
             device,
             steps=options.steps,
             matrix_side=matrix_side,
@@ -308,16 +311,16 @@ def chosen_scorer(options: Score, device: torch.device) -> Scorer:
     """A stored model, or random weights."""
     if (options.models is None) != (options.category is None):
         raise UserError("--models and --category go together: give both, or neither for random weights")
-    if options.models is None or options.category is None:
-        scorer = random_scorer(load_config(options.preset, options.set), device)
-    else:
-        scorer = load_scorer(model_info(Location.parse(options.models), options.category), device=device)
-    if scorer.config.scoring.method != "noise":
+    model = None
+    if options.models is not None and options.category is not None:
+        model = model_info(Location.parse(options.models), options.category)
+    config = model.config if model else load_config(options.preset, options.set)
+    if config.scoring.method != "noise":
         raise UserError(
-            f"preset {scorer.config.preset}: score compares with the published code, which scores by noise scales; "
+            f"preset {config.preset}: score compares with the published code, which scores by noise scales; "
             "choose another preset or model"
         )
-    return scorer
+    return load_scorer(model, device=device) if model else random_scorer(config, device)
 
 
 def old_report(file: Location, name: str) -> dict[str, Any]:

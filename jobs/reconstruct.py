@@ -9,13 +9,13 @@ from pipeline.archives import Archive, find_archives
 from pipeline.batch import restore_archives
 from pipeline.batch_plan import BatchPlan, check_options
 from pipeline.command import OK, PARTIAL_FAILURE, console, run
-from pipeline.datasets import Layout, detect_layout
+from pipeline.datasets import Layout, categories, detect_layout
 from pipeline.errors import UserError
 from pipeline.evaluation import labelled_archive
 from pipeline.model_store import model_categories, model_info
 from pipeline.progress import ScoringProgress, show_totals, size_text
 from pipeline.ray_session import ray_session
-from pipeline.restoration_methods import METHODS, MethodName
+from pipeline.restoration_methods import METHODS, MethodName, require_able
 from pipeline.shard_restoring import RestorePlan, restored_shards
 from pipeline.storage import Location
 from pipeline.storage_checks import require_writable
@@ -32,12 +32,13 @@ class Options:
     images: tuple[str, ...] = ()
     """Folders of photographs, or tar and zip files, or folders of them; paths or s3:// URIs."""
     dataset: str = ""
-    """Instead of --images: the test photographs of this labelled data set; its masks come into the sheets."""
+    """Instead of --images: the test photographs of this labelled data set, whose masks come into the sheets. After correcting a
+    mask choose another --output."""
     layout: Layout | None = None
     """How the data set is laid out; found out by looking when omitted."""
     category: str | None = None
     """Category of all photographs; otherwise a category=C part of the path, or the parent folder. Of a data set the only one
-    that is restored; otherwise all that have a model."""
+    that is restored; otherwise all of it that have a model."""
     method: MethodName = "conditioned"
     """conditioned: noise the photograph partly and sample back, pulled towards it where it is normal; gradient: descend on
     how far features lie from normal, and let the network clean up (Lu et al. 2023), which takes several times longer."""
@@ -74,6 +75,8 @@ def reconstruct(options: Options) -> int:
         started=datetime.now(UTC),
         max_failure_fraction=options.max_failure_fraction,
     )
+    for model in plan.models.values():
+        require_able(model.config, METHODS[options.method])
     settings = RestorePlan(output, METHODS[options.method], options.sheets, options.steps_strip, masks)
     sizes = [archive.size() for archive in archives]
     console.print(
@@ -94,8 +97,10 @@ def reconstruct(options: Options) -> int:
 
 def given(options: Options) -> tuple[Archive, ...]:
     """The photographs named by --images."""
-    if not options.images or options.layout:
-        raise UserError("give --images, or --dataset with its --layout")
+    if not options.images:
+        raise UserError("give --images or --dataset: there is nothing to restore")
+    if options.layout:
+        raise UserError("--layout goes with --dataset")
     return tuple(each.fingerprinted() for each in find_archives(options.images, category=options.category))
 
 
@@ -105,7 +110,10 @@ def labelled(options: Options) -> tuple[tuple[Archive, ...], dict[str, Location 
         raise UserError("--images and --dataset: give one of them")
     dataset = Location.parse(options.dataset)
     layout = options.layout or detect_layout(dataset)
-    chosen = [options.category] if options.category else model_categories(Location.parse(options.models))
+    trained = model_categories(Location.parse(options.models))
+    chosen = [options.category] if options.category else [c for c in categories(dataset, layout) if c in trained]
+    if not chosen:
+        raise UserError(f"no category of {dataset} has a model in {options.models} (there: {', '.join(trained)})")
     found = [labelled_archive(dataset, layout, category) for category in chosen]
     return tuple(archive for archive, _ in found), {key: mask for _, masks in found for key, mask in masks.items()}
 

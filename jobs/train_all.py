@@ -9,6 +9,8 @@ import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Annotated
 
@@ -230,8 +232,8 @@ def conclude(category: str, plan: Plan, outcome: Sequence[Progress]) -> bool:
     config = model_info(job.models, category, version).config.model_dump(mode="json")
     settings = {}
     for item in plan.listed:
-        section, _, setting = item.partition("=")[0].strip().partition(".")
-        settings[f"{section}.{setting}"] = config[section][setting]
+        setting = item.partition("=")[0].strip()
+        settings[setting] = reduce(getitem, setting.split("."), config)
     console.print(model_line(category, found[name], settings), markup=False)
     if pinned:
         console.print(

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.diffusion.schedules import Schedule
+from pipeline.diffusion.schedules import Schedule, kept_timesteps
 from pipeline.errors import UserError
 
 PresetName = Literal["demo", "fast", "texture", "gaussian", "best", "paper", "unified"]
@@ -84,7 +84,7 @@ class TrainingConfig(Section):
     ema_decay: float = Field(0.997, ge=0, lt=1)
     """Decay of the averaged weights, which are the ones that score."""
     max_timestep: int = Field(1000, ge=1, le=1000)
-    """Timesteps are drawn uniformly below this one; scoring looks at 401 at the most."""
+    """Timesteps are drawn uniformly below this one; scoring must not look further."""
     rotation_degrees: float = Field(5.0, ge=0, le=180)
     """Each image is turned by a uniform angle up to this, either way."""
     holdout_fraction: float = Field(0.1, gt=0, lt=0.9)
@@ -122,9 +122,9 @@ class RestorationConfig(Section):
 class ScoringConfig(Section):
     """How a trained network's outputs become one anomaly map and one score per image."""
 
-    method: Literal["noise", "restoration", "gaussian"] = "noise"
+    method: Literal["noise", "restoration", "features"] = "noise"
     """What photographs are compared with: what the network says of their noised selves (Lu et al. 2023), what it restores them
-    to (conditioned, blur-guided), or only the Gaussian of normal features (PaDiM), without the network."""
+    to (conditioned, blur-guided), or only normal features, without the network."""
     restoration: RestorationConfig = Field(RestorationConfig(), description="Where `method` is restoration.")
     respaced_steps: int = Field(250, ge=2, le=1000)
     """Length of the respaced chain."""
@@ -140,16 +140,17 @@ class ScoringConfig(Section):
     """Gaussian smoothing of the pixel branch before calibration, in map pixels, where `pixel` is "kl" or "distance"."""
     pixel: Literal["kl", "distance", "gaussian", "none"] = "kl"
     """The pixel branch: the KL map (published, of the method "noise"), the distance from the restored image ("restoration"),
-    how far either, with the change's sign, lies from what is normal at its place, or nothing ("gaussian")."""
+    how far either, with the change's sign, lies from what is normal at its place, or nothing ("features")."""
     pixel_grid: int = Field(32, ge=4)
     """Side in cells of the grid on which `pixel` "gaussian" measures."""
     pixel_window: int = Field(3, ge=1)
     """Cells each way over which it averages; odd."""
     prediction: Literal["subtract", "ignore", "select"] = "subtract"
-    """What the feature branch measures: features minus the network's prediction (published), the features themselves, or
-    whichever finds defects implanted in held-out normal images best."""
+    """What the feature branch measures: features minus the network's prediction, or minus those of the restored image
+    (published), the features themselves, or whichever finds defects implanted in held-out normal images best."""
     covariance: Literal["none", "general", "place", "select"] = "none"
-    """How the feature branch measures: plain squares (published), Mahalanobis distance under the Gaussian of normal images
+    """How the feature branch measures: as published (plain squares, or the cosine distance from restored features),
+    Mahalanobis distance under the Gaussian of normal images
     in general or at each place, or whichever finds defects implanted in held-out normal images best."""
     context_weight: float | None = Field(0.0, ge=0, le=1)
     """Weight of `features.context_stages` in the feature branch; `features.stages` have the rest. null: each model takes the
@@ -167,6 +168,12 @@ class ScoringConfig(Section):
     """Share of normal images that may be called anomalous; sets the threshold from held-out normal images."""
     batch_size: int = Field(8, ge=1)
     """Images per forward pass. Fixed (short batches are padded), so that a score never depends on its neighbours."""
+
+    def named(self) -> dict[str, Any]:
+        """What digests are taken of: without what the method does not look at, and without the first method's name, so that
+        models of releases that knew no other keep their digests."""
+        unasked: dict[str, set[str]] = {"noise": {"method", "restoration"}, "features": {"restoration"}}
+        return self.model_dump(mode="json", exclude=unasked.get(self.method))
 
 
 class Config(Section):
@@ -212,7 +219,7 @@ class Config(Section):
             raise ValueError(
                 f"scoring.pixel_grid = {self.scoring.pixel_grid}: must divide network.image_size ({net.image_size})"
             )
-        self._require_a_fitting_pixel_branch()
+        self._require_settings_of_the_method()
         if self.scoring.covariance == "none" and self.scoring.prediction == "ignore":
             raise ValueError('scoring.prediction = "ignore": needs a scoring.covariance other than "none"')
         if self.features.context_stages and self.scoring.covariance == "none":
@@ -223,33 +230,27 @@ class Config(Section):
             raise ValueError(
                 f"scoring.timesteps = {self.scoring.timesteps}: each must be below respaced_steps ({self.scoring.respaced_steps})"
             )
-        highest = (999 * max(self.scoring.timesteps)) // (self.scoring.respaced_steps - 1)
-        if self.scoring.method != "gaussian" and highest >= self.training.max_timestep:
-            raise ValueError(
-                f"training.max_timestep = {self.training.max_timestep}: scoring.timesteps reach {highest} of 1000"
-            )
         return self
 
-    def _require_a_fitting_pixel_branch(self) -> None:
-        scoring = self.scoring
-        published = {"noise": "kl", "restoration": "distance"}.get(scoring.method)
-        fitting = (published, "gaussian") if published else ("none",)
+    def _require_settings_of_the_method(self) -> None:
+        scoring, method = self.scoring, self.scoring.method
+        fitting = {"noise": ("kl", "gaussian"), "restoration": ("distance", "gaussian"), "features": ("none",)}[method]
         if scoring.pixel not in fitting:
-            raise ValueError(
-                f'scoring.pixel = "{scoring.pixel}": with scoring.method = "{scoring.method}" choose '
-                + " or ".join(f'"{each}"' for each in fitting if each)
-            )
-        if scoring.method != "gaussian":
-            if self.training.iterations == 0:
-                raise ValueError(
-                    'training.iterations = 0: only scoring.method = "gaussian" does without a trained network'
-                )
-        elif (scoring.alpha, scoring.prediction) != (0.0, "ignore"):
-            raise ValueError('scoring.method = "gaussian": needs scoring.alpha = 0 and scoring.prediction = "ignore"')
+            choices = " or ".join(f'"{each}"' for each in fitting)
+            raise ValueError(f'scoring.pixel = "{scoring.pixel}": with scoring.method = "{method}" choose {choices}')
+        if method != "restoration" and scoring.restoration != RestorationConfig():
+            raise ValueError('scoring.restoration: only scoring.method = "restoration" looks at it')
+        if method != "noise" and scoring.normalisation == "image":
+            raise ValueError('scoring.normalisation = "image": only with scoring.method = "noise"')
+        if method == "features" and (scoring.alpha, scoring.prediction) != (0.0, "ignore"):
+            raise ValueError('scoring.method = "features": needs scoring.alpha = 0 and scoring.prediction = "ignore"')
+        if method != "features" and self.training.iterations == 0:
+            raise ValueError('training.iterations = 0: only scoring.method = "features" does without a trained network')
 
     def digest(self) -> str:
         """Twelve hex digits naming these settings (the preset's name aside): equal settings, equal digest."""
-        canonical = json.dumps(self.model_dump(mode="json", exclude={"preset"}), sort_keys=True)
+        named = self.model_dump(mode="json", exclude={"preset", "scoring"}) | {"scoring": self.scoring.named()}
+        canonical = json.dumps(named, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
@@ -299,8 +300,8 @@ PRESETS: dict[PresetName, Config] = {
             top_pixels=None,
         ),
     ),
-    # For textures: restored photographs beside the given ones (conditioned, blur-guided). Smoothing and image score as in
-    # published anomaly maps of this kind; the rest of what calibration leaves open every model chooses by itself.
+    # For textures: restored photographs beside the given ones, conditioned; blur guidance would double the time. Smoothing and
+    # image score are the published method's; what calibration leaves open every model chooses by itself.
     "texture": Config(
         preset="texture",
         network=NetworkConfig(
@@ -326,13 +327,15 @@ PRESETS: dict[PresetName, Config] = {
             top_pixels=1,
         ),
     ),
-    # PaDiM's map (Defard et al. 2021) as a baseline: no training, and a network that nobody asks.
+    # A Gaussian of normal features at each place, after PaDiM (Defard et al. 2021), as a baseline: no training, and a network
+    # that nobody asks. Unlike there directions are random ones of whitened space, the covariance is shrunk by the number of
+    # photographs, and distances stay squared.
     "gaussian": Config(
         preset="gaussian",
         network=NetworkConfig(
             image_size=64,
             model_channels=32,
-            channel_mult=(1,),
+            channel_mult=(1, 1, 1),
             num_res_blocks=1,
             attention_resolutions=(),
             num_head_channels=32,
@@ -340,7 +343,7 @@ PRESETS: dict[PresetName, Config] = {
         features=FeatureConfig(stages=(1, 2, 3), grid=64),
         training=TrainingConfig(iterations=0),
         scoring=ScoringConfig(
-            method="gaussian",
+            method="features",
             alpha=0.0,
             pixel="none",
             prediction="ignore",
@@ -410,7 +413,7 @@ def load_config(preset: PresetName, overrides: Sequence[str] = ()) -> Config:
         except json.JSONDecodeError:
             target[field] = text
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
@@ -418,3 +421,9 @@ def load_config(preset: PresetName, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"--set {reason}") from error
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"--set {where}: {reason} (given {first['input']!r})") from error
+    # Asked of new models only: stored ones score as they always did.
+    scoring, limit = config.scoring, config.training.max_timestep
+    highest = kept_timesteps(1000, scoring.respaced_steps)[max(scoring.timesteps)]
+    if scoring.method != "features" and highest >= limit:
+        raise UserError(f"--set training.max_timestep = {limit}: scoring.timesteps reach {highest} of 1000")
+    return config

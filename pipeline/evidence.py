@@ -156,7 +156,7 @@ class FeaturesAlone(Source):
         return Evidence(nothing, nothing, nothing, target, target)
 
 
-SOURCES: Mapping[str, type[Source]] = {"noise": NoiseScales, "restoration": Restoration, "gaussian": FeaturesAlone}
+SOURCES: Mapping[str, type[Source]] = {"noise": NoiseScales, "restoration": Restoration, "features": FeaturesAlone}
 """By `scoring.method`."""
 
 

@@ -13,9 +13,8 @@ from pipeline.denoiser import repainted
 from pipeline.diffusion.process import DiffusionProcess
 from pipeline.diffusion.restore import conditioned_reconstruction, gradient_denoising
 from pipeline.diffusion.sampling import Prediction, seeded_noise
-from pipeline.errors import UserError
 from pipeline.images import to_unit_range
-from pipeline.restoration_methods import Conditioned, GradientDenoising, Method
+from pipeline.restoration_methods import Conditioned, GradientDenoising, Method, require_able
 from pipeline.scoring import Scorer
 from pipeline.smoothing import gaussian_blur
 
@@ -29,16 +28,11 @@ class Restorer:
 
     def __init__(self, scorer: Scorer, method: Method) -> None:
         assert scorer.calibration is not None, "only a calibrated model knows what is normal"
+        require_able(scorer.config, method)
         self.scorer = scorer
         self.method = method
         self.calibration = scorer.calibration
         self.process = DiffusionProcess.from_schedule(scorer.config.schedule).respaced(method.steps)
-        highest = int(self.process.original_timesteps[method.highest_index])
-        if highest >= scorer.config.training.max_timestep:
-            raise UserError(
-                f"a network trained below timestep {scorer.config.training.max_timestep} cannot restore from {highest}: "
-                "train it with a higher training.max_timestep"
-            )
         self.evaluations = 0
         """Images that went through the U-Net for restoring, scoring aside."""
 
@@ -125,7 +119,7 @@ class Restorer:
     ) -> Iterator[Tensor]:
         evidence = self.scorer.evidence(images_nhwc)
         measure = self.calibration.measure
-        # What the network expects to see of the photograph as it is, which descending does not change.
+        # What the features are measured against, which descending does not change.
         expected = (evidence.features - evidence.residuals).clone() if measure.subtract_prediction else 0.0
 
         def distance(x: Tensor) -> Tensor:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.config import Config
+from pipeline.diffusion.schedules import kept_timesteps
+from pipeline.errors import UserError
+
 
 @dataclass(frozen=True)
 class GradientDenoising:
@@ -58,6 +62,22 @@ class Conditioned:
 
 Method = GradientDenoising | Conditioned
 MethodName = Literal["gradient", "conditioned"]
+
+
+def require_able(config: Config, method: Method) -> None:
+    """Raises UserError where a network of these settings cannot restore this way."""
+    training = config.training
+    if training.iterations == 0:
+        raise UserError(
+            f"a model of preset {config.preset} has no trained network to restore with: train another preset"
+        )
+    highest = kept_timesteps(1000, method.steps)[method.highest_index]
+    if highest >= training.max_timestep:
+        raise UserError(
+            f"a network trained below timestep {training.max_timestep} cannot restore from {highest}: "
+            "train it with a higher training.max_timestep"
+        )
+
 
 METHODS: dict[MethodName, Method] = {"conditioned": Conditioned(), "gradient": GradientDenoising()}
 """With the settings that did best on defects implanted in held-out normal photographs."""

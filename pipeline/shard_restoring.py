@@ -36,6 +36,8 @@ from pipeline.totals import ShardOutcome
 if TYPE_CHECKING:
     from pipeline.restoration import Restorer
 
+SHEET = ("photograph", "ground truth", "restored", "anomaly map", "difference")
+"""From left to right; the second only where there is a labelled data set."""
 STRIP_STATES = 10
 """Of all states, evenly taken, the last one among them."""
 
@@ -54,7 +56,8 @@ class RestorePlan:
     @property
     def name(self) -> str:
         """Of these settings: others leave other files."""
-        settings = json.dumps([asdict(self.method), self.sheets, self.steps, *["labelled"][: self.masks is not None]])
+        sheets = [*SHEET[:1], *SHEET[1 + (self.masks is None) :]] if self.sheets else []
+        settings = json.dumps([asdict(self.method), sheets, self.steps])
         return f"{type(self.method).__name__.lower()}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
     @property
@@ -108,12 +111,13 @@ class RestoringActor:
         members = len(names) + len(failures)
         outcome = ShardOutcome(row["archive"], row["shard"], members, category=archive.category)
         try:
-            anomalous = self._restore(archive, names, row["images"])
+            anomalous, unread = self._restore(archive, names, row["images"])
             record = {
                 "archive": archive.location.uri,
                 "model_version": self.plan.models[archive.category].version,
                 "restored": [str(name) for name in names],
                 "failed": [{"member": name} | failure for name, failure in failures],
+                "masks_not_read": unread,
             }
             (self.settings.done / f"{row['shard']}.json").write_json(record)
         except (UserError, *STORAGE_ERRORS) as error:
@@ -141,10 +145,10 @@ class RestoringActor:
             self.restorers[category] = Restorer(scorer, self.settings.method)
         return self.restorers[category]
 
-    def _restore(self, archive: Archive, names: list[str], pixels: bytes) -> int:
-        """Write the pictures of a shard; returns how many of its photographs are anomalous."""
+    def _restore(self, archive: Archive, names: list[str], pixels: bytes) -> tuple[int, list[str]]:
+        """Write the pictures of a shard; returns how many of its photographs are anomalous, and which masks were not read."""
         if not len(names):
-            return 0
+            return 0, []
         restorer = self._restorer(archive.category)
         scorer = restorer.scorer
         assert scorer.calibration is not None
@@ -152,7 +156,7 @@ class RestoringActor:
         images = np.frombuffer(pixels, np.uint8).reshape(-1, side, side, 3)
         version = self.plan.models[archive.category].version
         folder = self.settings.output / safe_part(archive.category) / self.settings.name / version / archive.name
-        anomalous = 0
+        anomalous, unread = 0, []
         for start in range(0, len(names), batch):
             some, of_them = images[start : start + batch], names[start : start + batch]
             ids = [image_id(archive.location.uri, name) for name in of_them]
@@ -161,25 +165,27 @@ class RestoringActor:
             anomalous += int((scored.scores > scorer.calibration.threshold).sum())
             for i, name in enumerate(of_them):
                 stem = safe_part(name.rpartition(".")[0] or name)
+                try:
+                    truth = self._ground_truth(ids[i], side)
+                except (ImageError, FileNotFoundError) as error:
+                    truth = [np.full((side, side, 3), 128, np.uint8)]
+                    unread.append(f"{name}: {error}")
                 pictures = self._pictures(
-                    [state[i] for state in states],
-                    scored.maps[i],
-                    scorer.calibration.pixel_threshold,
-                    self._ground_truth(ids[i], side),
+                    [state[i] for state in states], scored.maps[i], scorer.calibration.pixel_threshold, truth
                 )
                 for kind, picture in pictures.items():
                     (folder / f"{stem}-{ids[i][:8]}.{kind}.png").write_bytes(encode_png(picture))
-        return anomalous
+        return anomalous, unread
 
     def _ground_truth(self, image: str, side: int) -> list[np.ndarray]:
-        """The mask of a photograph as a picture, uint8 (side, side, 3), white on the defect; none without labels or sheets."""
+        """The mask of a photograph as a picture, uint8 (side, side, 3), white on the defect; none without labels or sheets.
+
+        Raises ImageError or FileNotFoundError where it cannot be read.
+        """
         if self.settings.masks is None or not self.settings.sheets:
             return []
         mask = self.settings.masks[image]
-        try:
-            defect = np.zeros((side, side), bool) if mask is None else resize_mask(decode_mask(mask.read_bytes()), side)
-        except ImageError as error:
-            raise UserError(f"{mask}: {error}: replace it") from error
+        defect = np.zeros((side, side), bool) if mask is None else resize_mask(decode_mask(mask.read_bytes()), side)
         return [np.repeat(np.uint8(255) * defect[..., None], 3, -1)]
 
     def _pictures(

@@ -46,7 +46,7 @@ class TrainingJob:
     def settings_digest(self) -> str:
         """Twelve hex digits of what was asked for: settings, ways of scoring and start. A model's own config has the choices."""
         start = [] if self.initial_weights is None else [self.initial_weights.fingerprint()]
-        asked = [self.config.digest(), [way.model_dump(mode="json") for way in self.variants], start]
+        asked = [self.config.digest(), [way.named() for way in self.variants], start]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 
     @property

@@ -103,6 +103,12 @@ MISTAKES = {
         ["--images", "{data}", "--dataset", "{data}", "--models", "{tmp}", "--output", "{tmp}/o"],
         "give one of them",
     ),
+    "layout of no data set": (
+        "reconstruct",
+        ["--images", "{data}", "--layout", "mvtec", "--models", "{tmp}", "--output", "{tmp}/o"],
+        "--layout goes with --dataset",
+    ),
+    "trained without a network": ("benchmark", ["train", "--preset", "gaussian"], "trains no network"),
     "nothing named to restore": (
         "reconstruct",
         ["--models", "{tmp}", "--output", "{tmp}/o"],

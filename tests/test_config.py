@@ -118,7 +118,7 @@ def test_overrides_may_change_fields_that_only_fit_together():
         ("schedule=sqrt", "schedule: .*'linear' or 'cosine'"),
         ("scoring.timesteps=[5, 250]", r"scoring.timesteps = \(5, 250\): each must be below respaced_steps \(250\)"),
         ("training.max_timestep=300", "training.max_timestep = 300: scoring.timesteps reach 401 of 1000"),
-        ("training.iterations=0", 'only scoring.method = "gaussian" does without a trained network'),
+        ("training.iterations=0", 'only scoring.method = "features" does without a trained network'),
         ("scoring.pixel=distance", 'with scoring.method = "noise" choose "kl" or "gaussian"'),
         ("scoring.pixel=none", 'with scoring.method = "noise" choose "kl" or "gaussian"'),
         ("scoring.restoration.weight=-1", "scoring.restoration.weight: .*greater than or equal to 0"),
@@ -154,12 +154,24 @@ def test_ways_of_scoring_have_their_own_pixel_branches():
     assert (config.scoring.restoration.weight, config.scoring.pixel) == (1.5, "distance")
     for preset, override, told in (
         ("texture", "scoring.pixel=kl", 'with scoring.method = "restoration" choose "distance" or "gaussian"'),
-        ("gaussian", "scoring.pixel=kl", 'with scoring.method = "gaussian" choose "none"'),
+        ("gaussian", "scoring.pixel=kl", 'with scoring.method = "features" choose "none"'),
         ("gaussian", "scoring.alpha=0.5", "needs scoring.alpha = 0"),
+        ("gaussian", "scoring.normalisation=image", 'only with scoring.method = "noise"'),
+        ("texture", "scoring.normalisation=image", 'only with scoring.method = "noise"'),
+        ("texture", "training.max_timestep=231", "scoring.timesteps reach 231 of 1000"),
+        ("fast", "scoring.restoration.eta=0", 'only scoring.method = "restoration" looks at it'),
         ("gaussian", "scoring.prediction=subtract", 'and scoring.prediction = "ignore"'),
     ):
         with pytest.raises(UserError, match=told):
             load_config(preset, [override])
+
+
+def test_digests_leave_out_what_a_way_of_scoring_does_not_look_at():
+    assert load_config("fast").digest() == "81c55d58e223", "models of earlier releases count as trained"
+    texture = load_config("texture")
+    assert texture.digest() != load_config("texture", ["scoring.restoration.weight=1"]).digest()
+    stored = texture.model_copy(update={"training": texture.training.model_copy(update={"max_timestep": 100})})
+    assert Config.model_validate_json(stored.model_dump_json()) == stored, "what is stored stays readable"
 
 
 def test_unknown_fields_are_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,13 @@ import torch
 from pipeline.calibration import calibrate
 from pipeline.denoiser import Denoiser
 from pipeline.diffusion.process import DiffusionProcess, at
+from pipeline.diffusion.restore import conditioned_reconstruction
+from pipeline.diffusion.sampling import Prediction
 from pipeline.diffusion.unet import UNetOutput
 from pipeline.gaussian import fit_general, fit_places
+from pipeline.images import to_unit_range
 from pipeline.scoring import Scorer
+from pipeline.smoothing import gaussian_blur
 
 RESTORATION = {"method": "restoration", "respaced_steps": 40, "timesteps": (4, 9), "pixel": "distance"}
 PUBLISHED = RESTORATION | {"covariance": "none", "normalisation": "maxima", "alpha": 0.5}
@@ -64,6 +70,73 @@ def test_what_restoring_changes_is_the_defect(variant, extractor):
     for cosine in evidence.feature[0]:
         assert cosine[2:4, 2:4].min() > 5 * cosine[6:, 6:].max()
     assert (evidence.residuals[0, :, 2:4, 2:4].abs().mean() > 5 * evidence.residuals[0, :, 6:, 6:].abs().mean()).all()
+
+
+SETTINGS = {"weight": 2.0, "guidance": 0.5, "blur": 64.0, "eta": 0.7}
+
+
+@pytest.fixture(scope="module")
+def random_network(variant, extractor) -> Callable[..., Scorer]:
+    """random_network(label, seed=..., **settings): restoring evidence of a random network with three classes."""
+    stages = {"context_stages": (0,), "stages": (1,)}
+    config = variant(scoring=RESTORATION, features=stages)
+    torch.manual_seed(0)
+    denoiser = Denoiser(config, extractor.channels, num_classes=3)
+    with torch.no_grad():
+        for parameter in denoiser.unet.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+    def build(label: int, seed: int = 0, **settings: float) -> Scorer:
+        scorer = Scorer(denoiser, extractor, label=label)
+        scoring = RESTORATION | {"restoration": SETTINGS | settings}
+        scorer.configure(variant(scoring=scoring, features=stages, training={"seed": seed}))
+        return scorer
+
+    return build
+
+
+def test_evidence_is_what_conditioned_reconstruction_gives(random_network, extractor, fresh):
+    scorer = random_network(1)
+    evidence = scorer.evidence(fresh[:4])
+    denoiser, process = scorer.denoiser, DiffusionProcess.from_schedule("linear").respaced(40)
+    x = torch.from_numpy(to_unit_range(fresh[:4]))
+    start = denoiser.shrink(x)
+    residuals = []
+    for scale, index in enumerate((4, 9)):
+        draws = torch.Generator().manual_seed(scale)
+
+        def predict(x_t, t):
+            output = denoiser.unet(x_t, process.network_timesteps(t), torch.full_like(t, 1))
+            return Prediction(*output.prediction.chunk(2, 1))
+
+        with torch.no_grad():
+            *_, restored = conditioned_reconstruction(
+                process,
+                predict,
+                start,
+                start=index,
+                weight=2.0,
+                guidance=0.5,
+                blur=lambda images: gaussian_blur(images, 4.0),  # 64 of 256 pixels are 4 of 16
+                noise=lambda draws=draws: torch.randn(3, 16, 16, generator=draws).expand(4, 3, 16, 16),
+                eta=0.7,
+            )
+            change = torch.nn.functional.interpolate(restored - start, size=(32, 32), mode="bilinear")
+            first, second = extractor(x), extractor((x + change).clamp(-1, 1))
+        torch.testing.assert_close(evidence.pixel[:, scale], (start - restored).abs().mean(1), atol=1e-4, rtol=1e-3)
+        cosine = torch.nn.functional.cosine_similarity(first[:, 16:], second[:, 16:], dim=1)  # stage 1 alone
+        torch.testing.assert_close(evidence.feature[:, scale], 1 - cosine, atol=1e-4, rtol=1e-2)
+        residuals.append(denoiser.target(first) - denoiser.target(second))
+    torch.testing.assert_close(evidence.residuals, torch.stack(residuals).mean(0), atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"weight": 0.0}, {"guidance": 0.0}, {"blur": 16.0}, {"eta": 0.0}, {"seed": 1}, {"label": 2}]
+)
+def test_every_setting_of_restoration_counts(random_network, fresh, changed):
+    given = random_network(1).evidence(fresh[:2]).pixel
+    other = random_network(**{"label": 1} | changed).evidence(fresh[:2]).pixel
+    assert (given - other).abs().max() > 1e-3 * given.max()
 
 
 def test_the_pull_keeps_what_is_given(variant, extractor):
@@ -120,7 +193,7 @@ def test_the_gaussian_baseline_measures_features_and_asks_no_network(
 ):
     config = variant(
         scoring={
-            **{"method": "gaussian", "pixel": "none", "alpha": 0.0, "prediction": "ignore", "covariance": "place"},
+            **{"method": "features", "pixel": "none", "alpha": 0.0, "prediction": "ignore", "covariance": "place"},
             **{"top_pixels": 1, "map_sigma": 0.0},
         }
     )

@@ -136,8 +136,11 @@ def test_textures_in_the_layout_of_dtd_synthetic_are_scored_by_restoration(datas
         shutil.copy(mask, texture / "ground_truth/bad" / name)
         shutil.copy(dataset / "brick/test" / mask.parent.name / image, texture / "test/bad" / name.replace("_mask", ""))
     settings = [*TINY, "features.input_size=null"]
-    trained = job("train_all", "--dataset", tmp_path / "dtd", "--models", models, "--preset", "texture", *settings)
-    assert "(dtd), preset texture" in succeeded(trained)
+    select = ["--select", "scoring.restoration.eta=[0,1]"]
+    command = ["train_all", "--dataset", tmp_path / "dtd", "--models", models, "--preset", "texture"]
+    told = succeeded(job(*command, *settings, *select))
+    assert "(dtd), preset texture" in told
+    assert "scoring.restoration.eta" in told.split("implanted defects")[0], "the choice is told"
     report = tmp_path / "metrics.json"
     arguments = ["--dataset", tmp_path / "dtd", "--models", models, "--results", tmp_path / "results"]
     succeeded(job("evaluate", *arguments, "--json", report))
@@ -181,29 +184,30 @@ def test_archives_are_restored_once_and_what_cannot_be_is_named(models: Path, ni
 
 @pytest.mark.slow
 def test_sheets_of_a_labelled_data_set_show_its_masks(dataset: Path, models: Path, tmp_path: Path) -> None:
-    output = tmp_path / "restored"
-    succeeded(
-        job(
-            "reconstruct",
-            "--dataset",
-            dataset,
-            "--category",
-            "brick",
-            "--models",
-            models,
-            "--output",
-            output,
-            "--sheets",
-        )
-    )
-    sheets = sorted(output.glob("brick/*/*/*/*.sheet.png"))
-    assert len(sheets) == 9
-    shown = sorted(np.split(np.asarray(Image.open(sheet)), 5, axis=1)[1].mean() / 255 for sheet in sheets)
-    drawn = sorted(
-        (np.asarray(Image.open(mask)) > 0).mean() for mask in (dataset / "brick/ground_truth").rglob("*.png")
-    )
-    assert len(drawn) > 4
-    np.testing.assert_allclose(shown, [0.0] * (9 - len(drawn)) + drawn, atol=0.01)
+    data, output = tmp_path / "data", tmp_path / "restored"
+    shutil.copytree(dataset / "brick", data / "brick")
+    unreadable, *_ = sorted((data / "brick/ground_truth").rglob("*_mask.png"))
+    unreadable.write_bytes(b"no image")
+    succeeded(job("reconstruct", "--dataset", data, "--models", models, "--output", output, "--sheets"))
+    (record,) = [json.loads(path.read_text()) for path in output.glob("_shards/*/*.json")]
+    assert len(record["restored"]) == 9
+    assert len(record["masks_not_read"]) == 1
+    marked = 0
+    for sheet in output.rglob("*.sheet.png"):
+        kind, _, number = sheet.name.rpartition("-")[0].removeprefix("brick_test_").rpartition("_")
+        tiles = np.split(np.asarray(Image.open(sheet)).astype(int), 5, axis=1)
+        given = np.asarray(Image.open(data / f"brick/test/{kind}/{number}.png").convert("RGB"))
+        assert np.array_equal(tiles[0], given)
+        mask = data / f"brick/ground_truth/{kind}/{number}_mask.png"
+        if mask == unreadable:
+            assert (tiles[1] == 128).all()
+        elif mask.exists():
+            assert np.array_equal(tiles[1][..., 0] > 0, np.asarray(Image.open(mask)) > 0)
+            marked += 1
+        else:
+            assert kind == "good"
+            assert not tiles[1].any()
+    assert marked == 4
 
 
 @pytest.mark.slow

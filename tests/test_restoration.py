@@ -11,9 +11,10 @@ import torch
 
 from pipeline.benchmarks.restore import measure_restore, quality
 from pipeline.choice import DEFECTS_PER_IMAGE
+from pipeline.config import PRESETS
 from pipeline.errors import UserError
 from pipeline.restoration import Restorer
-from pipeline.restoration_methods import METHODS, Conditioned, GradientDenoising, Method
+from pipeline.restoration_methods import METHODS, Conditioned, GradientDenoising, Method, require_able
 from pipeline.scoring import Scorer
 
 SIDE = 32
@@ -71,6 +72,11 @@ def test_gradient_denoising_lowers_the_score(
 def test_a_network_that_never_saw_such_noise_is_refused(calibrated: Callable[..., Scorer]) -> None:
     with pytest.raises(UserError, match="trained below timestep 100 cannot restore from 231"):
         Restorer(calibrated(training={"max_timestep": 100}, scoring={"timesteps": (5, 20)}), METHODS["conditioned"])
+
+
+def test_a_model_without_a_trained_network_is_refused() -> None:
+    with pytest.raises(UserError, match="preset gaussian has no trained network"):
+        require_able(PRESETS["gaussian"], METHODS["gradient"])
 
 
 def test_states_end_with_the_restored_photographs(sensitive: Scorer, defective: np.ndarray) -> None:

@@ -159,7 +159,7 @@ def test_one_network_of_two_categories_knows_which_is_which(job: TrainingJob) ->
     ("iterations", "scoring"),
     [
         (24, {"method": "restoration", "pixel": "gaussian", "respaced_steps": 40, "timesteps": (9,)}),
-        (0, {"method": "gaussian", "pixel": "none", "alpha": 0.0, "prediction": "ignore", "covariance": "place"}),
+        (0, {"method": "features", "pixel": "none", "alpha": 0.0, "prediction": "ignore", "covariance": "place"}),
     ],
 )
 def test_other_ways_of_scoring_are_stored_and_read_like_the_first(

@@ -9,7 +9,7 @@ import torch
 from scipy import ndimage
 
 from pipeline.calibration import measured
-from pipeline.config import Config, ScoringConfig
+from pipeline.config import Config
 from pipeline.denoiser import Denoiser
 from pipeline.features import FeatureExtractor
 from pipeline.measures import fit_measures
@@ -47,7 +47,9 @@ def random_scorer(config: Config, device: torch.device) -> Scorer:
     scorer = Scorer(denoiser, extractor, device=device, label=0 if config.joint else None)
     normal = photographs(NORMAL_IMAGES, config.scoring.map_size)
     (candidate,) = measured(scorer, fit_measures(scorer, normal), normal, normal[:1])
-    scorer.calibration = replace(candidate.calibration, alpha=ALPHA, top_pixels=TOP_PIXELS)
+    scorer.calibration = replace(
+        candidate.calibration, alpha=config.scoring.alpha or 0.0, top_pixels=config.scoring.top_pixels or TOP_PIXELS
+    )
     return scorer
 
 
@@ -55,15 +57,15 @@ def settled(config: Config) -> Config:
     """The settings with every choice that calibration would make made: the one that takes longest to score."""
     scoring = config.scoring
     choices: dict[str, object] = {
-        "alpha": ALPHA,
-        "top_pixels": TOP_PIXELS,
+        "alpha": ALPHA if scoring.alpha is None else scoring.alpha,
+        "top_pixels": TOP_PIXELS if scoring.top_pixels is None else scoring.top_pixels,
         "prediction": "subtract" if scoring.prediction == "select" else scoring.prediction,
         "covariance": "place" if scoring.covariance == "select" else scoring.covariance,
         "context_weight": 0.25 if scoring.context_weight is None else scoring.context_weight,
     }
     if not config.features.context_stages:
         choices["context_weight"] = 0.0
-    return config.model_copy(update={"scoring": ScoringConfig.model_validate(scoring.model_dump() | choices)})
+    return Config.model_validate(config.model_dump() | {"scoring": scoring.model_dump() | choices})
 
 
 def maps_and_masks(count: int, side: int, *, defective: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.diffusion.schedules import Schedule, cosine_betas, linear_betas
+from pipeline.diffusion.schedules import Schedule, cosine_betas, kept_timesteps, linear_betas
 
 
 class Gaussian(NamedTuple):
@@ -74,8 +74,7 @@ class DiffusionProcess:
         """
         if not 2 <= steps <= len(self):
             raise ValueError(f"respacing keeps 2 to {len(self)} steps, not {steps}")
-        stride = (len(self) - 1) / (steps - 1)
-        kept = np.array([round(stride * i) for i in range(steps)])
+        kept = np.array(kept_timesteps(len(self), steps))
         abar = self.alphas_cumprod[kept]
         betas = 1 - abar / np.concatenate([[1.0], abar[:-1]])
         return DiffusionProcess(betas=betas, original_timesteps=self.original_timesteps[kept])

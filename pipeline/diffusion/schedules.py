@@ -10,6 +10,12 @@ import numpy as np
 Schedule = Literal["linear", "cosine"]
 
 
+def kept_timesteps(length: int, steps: int) -> list[int]:
+    """Nichol & Dhariwal 2021, section 4: the `steps` evenly spaced timesteps of `length`, the first and last among them."""
+    stride = (length - 1) / (steps - 1)
+    return [round(stride * i) for i in range(steps)]
+
+
 def linear_betas(steps: int) -> np.ndarray:
     """Ho et al. 2020, section 4: betas from 1e-4 to 0.02 over 1000 steps, scaled so that other lengths end as noisy.
 
