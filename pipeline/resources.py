@@ -48,7 +48,8 @@ class Resources:
         return sum(node.gpus for node in self.nodes)
 
     def scoring_workers(self, actors: int = 0) -> Workers:
-        """Scoring actors and their shares. Part of a CPU stays free for reading and decoding, or nothing would move."""
+        """Scoring actors and their shares. Part of a CPU is set aside for reading and decoding, or nothing would move; since
+        those need little of it, actors compute on every CPU."""
         count = actors or self.gpus or 1
         if self.gpus:
             if count > self.gpus:
@@ -62,8 +63,9 @@ class Resources:
                 "lower it, or 0 to choose by itself"
             )
         largest = max(node.cpus for node in self.nodes)
-        threads = max(1, min((self.cpus - 1) // count, largest - 1))
-        return Workers(count, threads, cpus_per_actor=threads if self.cpus > 1 else 0.25, gpus_per_actor=0.0)
+        threads = max(1, min(self.cpus // count, largest))
+        share = max(1, min((self.cpus - 1) // count, largest - 1)) if self.cpus > 1 else 0.25
+        return Workers(count, threads, cpus_per_actor=share, gpus_per_actor=0.0)
 
     def training_slots(
         self,

@@ -333,9 +333,10 @@ def test_reading_always_keeps_part_of_a_cpu() -> None:
     for cpus in (1, 2, 3, 16):
         workers = Resources([Node(cpus)]).scoring_workers()
         assert workers.actors * workers.cpus_per_actor + 0.75 <= cpus
-        assert workers.threads >= 1
+        assert workers.threads == cpus, "what reading leaves idle is computed on"
     assert Resources([Node(16, 4)]).scoring_workers() == Workers(4, 1, 0.0, 1.0)
-    assert Resources([Node(16)] * 4).scoring_workers(2).cpus_per_actor <= 15
+    assert Resources([Node(16)] * 4).scoring_workers(2) == Workers(2, 16, 15, 0.0)
+    assert Resources([Node(4)]).scoring_workers(2) == Workers(2, 2, 1, 0.0)
     with pytest.raises(UserError, match="--actors 3"):
         Resources([Node(2)]).scoring_workers(3)
 
