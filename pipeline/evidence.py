@@ -138,7 +138,7 @@ class Restoration(Source):
         return restored
 
     def _cosine_distance(self, first: Tensor, second: Tensor) -> Tensor:
-        """Mousakhan et al. 2023 (DDAD), eq. 12: the sum over stages of 1 - cos of the features at a cell; (N, G, G)."""
+        """Mousakhan et al. 2023 (DDAD), feature-wise comparison: the sum over stages of 1 - cos at each cell; (N, G, G)."""
         sizes = list(self.extractor.stage_channels.values())
         stages = zip(self.extractor.stage_channels, first.split(sizes, 1), second.split(sizes, 1), strict=True)
         distances = [

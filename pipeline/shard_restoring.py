@@ -31,6 +31,7 @@ from pipeline.restoration_methods import Method
 from pipeline.shard_reading import without_images
 from pipeline.storage import Location
 from pipeline.storage_errors import STORAGE_ERRORS
+from pipeline.threads import compute_with
 from pipeline.totals import ShardOutcome
 
 if TYPE_CHECKING:
@@ -92,9 +93,7 @@ class RestoringActor:
     """Photographs -> pictures on storage, committed by the shard's record. Loads each model once."""
 
     def __init__(self, plan: BatchPlan, workers: Workers, settings: RestorePlan) -> None:
-        import torch  # here and below: the driver and the readers know this class, and do without torch
-
-        torch.set_num_threads(workers.threads)
+        compute_with(workers.threads)
         use_system_allocator()
         self.plan = plan
         self.settings = settings
@@ -137,7 +136,7 @@ class RestoringActor:
         )
 
     def _restorer(self, category: str) -> Restorer:
-        from pipeline.model_weights import load_scorer
+        from pipeline.model_weights import load_scorer  # not above: the driver and the readers do without torch
         from pipeline.restoration import Restorer
 
         if category not in self.restorers:

@@ -19,6 +19,7 @@ from pipeline.results import FailureRow, ScoreRow, write_shard
 from pipeline.shard_reading import without_images
 from pipeline.storage_errors import STORAGE_ERRORS
 from pipeline.telemetry import ScoringTelemetry
+from pipeline.threads import compute_with
 from pipeline.totals import ShardOutcome
 
 if TYPE_CHECKING:
@@ -29,9 +30,7 @@ class ScoringActor:
     """Stage 4, photographs -> maps, scores and regions, committed as the shard's files. Loads each model once."""
 
     def __init__(self, plan: BatchPlan, workers: Workers) -> None:
-        import torch  # here and below: the driver and the readers know this class, and do without torch
-
-        torch.set_num_threads(workers.threads)
+        compute_with(workers.threads)
         use_system_allocator()
         self.plan = plan
         self.device = "cuda" if workers.gpus_per_actor > 0 else "cpu"
@@ -59,7 +58,7 @@ class ScoringActor:
         return asdict(replace(outcome, **counts, failures=json.dumps(codes)))
 
     def _scorer(self, category: str) -> Scorer:
-        from pipeline.model_weights import load_scorer
+        from pipeline.model_weights import load_scorer  # not above: the driver and the readers do without torch
 
         if category not in self.scorers:
             self.scorers[category] = load_scorer(self.plan.models[category], device=self.device)

@@ -76,7 +76,7 @@ def gradient_denoising(
 
 
 def condition(process: DiffusionProcess, x_t: Tensor, t: Tensor, eps: Tensor, image: Tensor, weight: Weight) -> Tensor:
-    """Mousakhan et al. 2023 (DDAD), eq. 7-8: eps - w sqrt(1 - abar) (y_t - x_t), with y_t the image under the same noise.
+    """Mousakhan et al. 2023 (DDAD), conditioning: eps - w sqrt(1 - abar) (y_t - x_t), y_t the image under the same noise.
 
     The same as x_0 + w (1 - abar) (y - x_0) for the image x_0 that eps implies.
     """
@@ -86,7 +86,7 @@ def condition(process: DiffusionProcess, x_t: Tensor, t: Tensor, eps: Tensor, im
 
 
 def blurred(process: DiffusionProcess, x_t: Tensor, t: Tensor, eps: Tensor, blur: Blur) -> Tensor:
-    """Hong et al. 2023 (SAG), eq. 12-13 without a mask: x_t of which the implied image is blurred, under the same noise."""
+    """Hong et al. 2023 (SAG), blur guidance without a mask: x_t of which the implied image is blurred, under the same noise."""
     return process.q_sample(blur(process.predict_x_start(x_t, t, eps)), t, eps)
 
 
