@@ -31,11 +31,11 @@ from pipeline.benchmarks.restore import measure_restore
 from pipeline.benchmarks.score import measure_score
 from pipeline.benchmarks.train import measure_train
 from pipeline.command import OK, console, run
-from pipeline.config import PresetName, load_config
 from pipeline.datasets import detect_layout, training_records
 from pipeline.errors import UserError
 from pipeline.model_store import model_info
 from pipeline.model_weights import load_scorer
+from pipeline.presets import PresetName, load_config
 from pipeline.ray_session import ray_session
 from pipeline.scoring import Scorer
 from pipeline.storage import Location

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from pipeline import evaluation
 from pipeline.command import OK, PARTIAL_FAILURE, console, run
-from pipeline.config import load_config
 from pipeline.fleet import train_fleet
+from pipeline.presets import load_config
 from pipeline.progress import ScoringProgress, metrics_table, show_totals, show_training
 from pipeline.ray_session import ray_session
 from pipeline.sheet import contact_sheet

@@ -17,12 +17,12 @@ from typing import Annotated
 import tyro
 
 from pipeline.command import OK, PARTIAL_FAILURE, console, run
-from pipeline.config import PresetName
 from pipeline.datasets import Layout, categories, detect_layout, training_records
 from pipeline.errors import UserError
 from pipeline.fleet import train_fleet
 from pipeline.model_store import model_info
 from pipeline.model_versions import pin, promote, publish, stored_versions, trained_categories, unpin, up_to_date
+from pipeline.presets import PresetName
 from pipeline.progress import model_line, show_training, versions_table
 from pipeline.ray_session import ray_session
 from pipeline.resources import Slots

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Config
 from pipeline.diffusion.process import DiffusionProcess
+from pipeline.diffusion.sampling import Predict, Prediction
 from pipeline.diffusion.unet import UNet, UNetOutput
 from pipeline.features import FeatureExtractor
 
@@ -41,6 +42,14 @@ class Denoiser(nn.Module):
         labels = None if label is None else torch.full_like(t, label)
         with self.autocast(x_t.device):
             return self.unet(x_t.contiguous(memory_format=torch.channels_last), process.network_timesteps(t), labels)
+
+    def predictor(self, process: DiffusionProcess, label: int | None = None) -> Predict:
+        """The network as sampling asks it: what it says of the noise in x_t, in float32."""
+
+        def predict(x_t: Tensor, t: Tensor) -> Prediction:
+            return Prediction(*self.predict(process, x_t, t, label).prediction.float().chunk(2, dim=1))
+
+        return predict
 
     def target(self, features: Tensor) -> Tensor:
         """Extractor features (N, C, G, G) on the scale that the network predicts."""

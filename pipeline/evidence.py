@@ -21,7 +21,7 @@ from pipeline.denoiser import Denoiser, repainted
 from pipeline.diffusion.loss import kl_map
 from pipeline.diffusion.process import DiffusionProcess
 from pipeline.diffusion.restore import conditioned_reconstruction
-from pipeline.diffusion.sampling import Prediction, seeded_noise
+from pipeline.diffusion.sampling import seeded_noise
 from pipeline.features import FeatureExtractor
 from pipeline.smoothing import gaussian_blur
 
@@ -120,13 +120,9 @@ class Restoration(Source):
         side = x_start.shape[-1]
         draws = seeded_noise([self.config.training.seed + scale], side, x_start.device)
 
-        def predict(x_t: Tensor, t: Tensor) -> Prediction:
-            output = self.denoiser.predict(self.process, x_t, t, self.label)
-            return Prediction(*output.prediction.float().chunk(2, dim=1))
-
         *_, restored = conditioned_reconstruction(
             self.process,
-            predict,
+            self.denoiser.predictor(self.process, self.label),
             x_start,
             start=start,
             weight=settings.weight,

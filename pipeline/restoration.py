@@ -145,8 +145,7 @@ class Restorer:
 
     def _predict(self, x_t: Tensor, t: Tensor) -> Prediction:
         self.evaluations += len(x_t)
-        output = self.scorer.denoiser.predict(self.process, x_t, t, self.scorer.label)
-        return Prediction(*output.prediction.float().chunk(2, dim=1))
+        return self.scorer.denoiser.predictor(self.process, self.scorer.label)(x_t, t)
 
 
 def _feathered(regions: Tensor) -> Tensor:

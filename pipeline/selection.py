@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import Config, PresetName, ScoringConfig, load_config
+from pipeline.config import Config, ScoringConfig
 from pipeline.errors import UserError
+from pipeline.presets import PresetName, load_config
 
 if TYPE_CHECKING:  # planning does without torch
     from pipeline.choice import Choice

@@ -51,14 +51,14 @@ class RestorePlan:
     method: Method
     sheets: bool
     steps: bool
-    masks: Mapping[str, Location | None] | None = None
+    masks: Mapping[str, Location | None] | None
     """Of a labelled data set: by image id where the defect is, None for a normal photograph."""
 
     @property
     def name(self) -> str:
         """Of these settings: others leave other files."""
-        sheets = [*SHEET[:1], *SHEET[1 + (self.masks is None) :]] if self.sheets else []
-        settings = json.dumps([asdict(self.method), sheets, self.steps])
+        sheet = [part for part in SHEET if part != "ground truth" or self.masks is not None]
+        settings = json.dumps([asdict(self.method), sheet if self.sheets else None, self.steps])
         return f"{type(self.method).__name__.lower()}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
     @property

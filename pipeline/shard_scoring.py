@@ -55,7 +55,7 @@ class ScoringActor:
         seconds = time.monotonic() - clock
         self.telemetry.shard(category, scored=scored, anomalous=anomalous, failed=codes, read=read, seconds=seconds)
         counts = {"scored": scored, "failed": len(failures), "anomalous": anomalous, "bytes": read, "seconds": seconds}
-        return asdict(replace(outcome, **counts, failures=json.dumps(codes)))
+        return asdict(replace(outcome, **counts, committed=time.time(), failures=json.dumps(codes)))
 
     def _scorer(self, category: str) -> Scorer:
         from pipeline.model_weights import load_scorer  # not above: the driver and the readers do without torch

@@ -34,6 +34,8 @@ class ShardOutcome:
     """Encoded bytes of the shard's images."""
     seconds: float = 0.0
     """Of scoring and committing the shard."""
+    committed: float = 0.0
+    """When it was committed, seconds since 1970; the driver may hear of it much later."""
     failures: str = "{}"
     """How many images failed by error code, as JSON: a dictionary would change its type from row to row."""
 

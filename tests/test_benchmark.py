@@ -22,10 +22,10 @@ from pipeline.benchmarks.night import steady_state
 from pipeline.benchmarks.published import PublishedScorer, published_fit
 from pipeline.benchmarks.rivals import adeval_auroc_and_pro, loop_pro, sklearn_auroc, trapz_put_back
 from pipeline.benchmarks.timing import interleaved, medians
-from pipeline.config import PRESETS
 from pipeline.diffusion.group_norm import GroupNorm
 from pipeline.fit import Fit
 from pipeline.images import encode_png, resize
+from pipeline.presets import PRESETS
 from pipeline.totals import ShardOutcome
 from tests.job_runs import TINY, job, succeeded
 
@@ -270,7 +270,7 @@ def test_photographs_differ_and_repeat():
 
 def test_a_steady_night_begins_with_the_first_commit():
     commits = [
-        (at, ShardOutcome(0, "s", 4, scored=scored, seconds=busy))
+        ShardOutcome(0, "s", 4, scored=scored, seconds=busy, committed=at)
         for at, scored, busy in [(100.0, 4, 90.0), (50.0, 0, 0.0), (110.0, 4, 8.0), (120.0, 4, 7.0)]
     ]
     rate, working = steady_state(commits, actors=1)

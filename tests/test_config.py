@@ -11,10 +11,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.config import PRESETS, Config, load_config
+from pipeline.config import Config
 from pipeline.diffusion.process import DiffusionProcess
 from pipeline.diffusion.unet import UNet
 from pipeline.errors import UserError
+from pipeline.presets import PRESETS, load_config
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -67,7 +68,7 @@ def test_digest_names_the_settings_and_not_the_preset():
 
 @pytest.mark.slow
 def test_digest_is_the_same_in_another_process():
-    command = "from pipeline.config import PRESETS; print(PRESETS['fast'].digest())"
+    command = "from pipeline.presets import PRESETS; print(PRESETS['fast'].digest())"
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     answer = subprocess.run(
         [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True

@@ -11,8 +11,8 @@ import torch
 
 from pipeline.benchmarks.restore import measure_restore, quality
 from pipeline.choice import DEFECTS_PER_IMAGE
-from pipeline.config import PRESETS
 from pipeline.errors import UserError
+from pipeline.presets import PRESETS
 from pipeline.restoration import Restorer
 from pipeline.restoration_methods import METHODS, Conditioned, GradientDenoising, Method, require_able
 from pipeline.scoring import Scorer

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pipeline.choice import Choice
-from pipeline.config import load_config
 from pipeline.errors import UserError
+from pipeline.presets import load_config
 from pipeline.selection import DEFAULT_SPACE, best, candidates, summary
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.config import PRESETS
 from pipeline.diffusion.unet import UNet, timestep_embedding
+from pipeline.presets import PRESETS
 
 SMALL = {
     "image_size": 16,

@@ -89,10 +89,10 @@ def measure_night(
     workers = resources.scoring_workers(actors)
     scorer = load_scorer(plan.models[CATEGORY], device="cuda" if workers.gpus_per_actor else "cpu")
     before = model_only(scorer, workers, rounds)
-    commits: list[tuple[float, ShardOutcome]] = []
-    clock = time.monotonic()
-    totals = score_archives(plan, workers, lambda outcome: commits.append((time.monotonic() - clock, outcome)))
-    elapsed = time.monotonic() - clock
+    commits: list[ShardOutcome] = []
+    began = time.time()
+    totals = score_archives(plan, workers, commits.append)
+    elapsed = time.time() - began
     assert totals.scored == images and not totals.failed, totals
     after = model_only(scorer, workers, rounds)
     samples = {name: values + after[name] for name, values in before.items()}
@@ -109,7 +109,7 @@ def measure_night(
             "threads_of_an_actor": workers.threads,
             "gib": round(totals.bytes / 2**30, 3),
         },
-        figures=night_figures(images, elapsed, commits, samples, scorer.config.scoring.batch_size, workers)
+        figures=night_figures(images, began, elapsed, commits, samples, scorer.config.scoring.batch_size, workers)
         | stage_costs(replace(plan, results=storage / "alone"), workers),
         samples=samples,
         notes=(
@@ -124,15 +124,16 @@ def measure_night(
 
 def night_figures(
     images: int,
+    began: float,
     elapsed: float,
-    commits: Sequence[tuple[float, ShardOutcome]],
+    commits: Sequence[ShardOutcome],
     samples: Mapping[str, list[float]],
     batch: int,
     workers: Workers,
 ) -> dict[str, float]:
     """What the job reached, in images per second, as shares of the model alone, and how busy its actors were.
 
-    elapsed: of the whole job, seconds. samples: what model_only found.
+    began, elapsed: of the whole job, seconds since 1970 and seconds. samples: what model_only found.
     """
     seconds = medians(samples)
     at_once = workers.actors if workers.gpus_per_actor else 1  # a scorer takes one GPU, or all cores
@@ -149,7 +150,7 @@ def night_figures(
         "steady_fraction_of_model_only_at_actors_threads": steady / actors_rate,
         "actors_working_fraction": working,
         "actors_waiting_fraction": 1 - working,
-        "first_commit_seconds": min(at for at, outcome in commits if outcome.scored),
+        "first_commit_seconds": min(outcome.committed for outcome in commits if outcome.scored) - began,
         "elapsed_seconds": elapsed,
     }
 
@@ -173,10 +174,10 @@ def model_only(scorer: Scorer, workers: Workers, rounds: int) -> dict[str, list[
         torch.set_num_threads(every)
 
 
-def steady_state(commits: Sequence[tuple[float, ShardOutcome]], actors: int) -> tuple[float, float]:
+def steady_state(commits: Sequence[ShardOutcome], actors: int) -> tuple[float, float]:
     """Of the time from the first commit to the last, which is what a long night is like: images per second, and the share
-    in which the actors worked. Commits have the time that they became known, seconds."""
-    ordered = sorted(((at, o.scored, o.seconds) for at, o in commits if o.scored))
+    in which the actors worked, both by the actors' clocks."""
+    ordered = sorted((outcome.committed, outcome.scored, outcome.seconds) for outcome in commits if outcome.scored)
     lasted = ordered[-1][0] - ordered[0][0]
     images, working = (sum(values) for values in list(zip(*ordered[1:], strict=True))[1:])
     return images / lasted, working / (actors * lasted)
