@@ -33,6 +33,7 @@ from pipeline.benchmarks.train import measure_train
 from pipeline.command import OK, console, run
 from pipeline.datasets import detect_layout, training_records
 from pipeline.errors import UserError
+from pipeline.memory import reuse_freed_memory
 from pipeline.model_store import model_info
 from pipeline.model_weights import load_scorer
 from pipeline.presets import PresetName, load_config
@@ -223,6 +224,7 @@ def measure(options: Benchmark) -> Measured:
                 side=options.side,
             )
     device = chosen_device(options.device)
+    reuse_freed_memory()  # as workers and actors do
     if isinstance(options, Restore):
         if not (options.models and options.dataset and options.category):
             raise UserError("--models, --dataset and --category: name the model to restore with, and its photographs")

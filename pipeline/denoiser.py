@@ -38,10 +38,12 @@ class Denoiser(nn.Module):
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low_precision)
 
     def predict(self, process: DiffusionProcess, x_t: Tensor, t: Tensor, label: int | None = None) -> UNetOutput:
-        """The network's answer to x_t (N, 3, S, S) at the process's indices t (N,); label: the class, where it has classes."""
+        """What the network makes of x_t (N, 3, S, S) at the process's indices t (N,), its feature head not asked; label: the
+        class, where it has classes."""
         labels = None if label is None else torch.full_like(t, label)
         with self.autocast(x_t.device):
-            return self.unet(x_t.contiguous(memory_format=torch.channels_last), process.network_timesteps(t), labels)
+            x_t = x_t.contiguous(memory_format=torch.channels_last)
+            return self.unet(x_t, process.network_timesteps(t), labels, ask_head=False)
 
     def predictor(self, process: DiffusionProcess, label: int | None = None) -> Predict:
         """The network as sampling asks it: what it says of the noise in x_t, in float32."""
@@ -53,7 +55,7 @@ class Denoiser(nn.Module):
 
     def target(self, features: Tensor) -> Tensor:
         """Extractor features (N, C, G, G) on the scale that the network predicts."""
-        return (features - self.feature_mean) / self.feature_std
+        return torch.addcmul(-self.feature_mean / self.feature_std, features, 1 / self.feature_std)
 
     def features(self, extractor: FeatureExtractor, x: Tensor) -> Tensor:
         """Features of photographs (N, 3, map_size, map_size), as the extractor gives them: (N, C, G, G) float32."""

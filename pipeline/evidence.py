@@ -7,10 +7,9 @@ photograph gets the same evidence in any batch, on any worker, on any night, and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
@@ -26,20 +25,34 @@ from pipeline.features import FeatureExtractor
 from pipeline.smoothing import gaussian_blur
 
 
-class Evidence(NamedTuple):
-    """What the network and the extractor say of N images on T noise scales, not yet compared with normal images; float32."""
+@dataclass(frozen=True)
+class Evidence:
+    """What the network and the extractor say of N images on T noise scales, not yet compared with normal images; float32.
+
+    Comparing features is worked out when a measure asks for it, since few do for both ways.
+    """
 
     pixel: Tensor
     """(N, T, S, S) at the network's side: KL in bits, or the mean absolute change of the colours by restoring."""
     denoising: Tensor
     """(N, 4 T, g, g) on the pixel grid: per noise scale the log of `pixel`, and what denoising or restoring changed in each
     colour."""
-    feature: Tensor
-    """(N, T, G, G): mean over channels of the squared feature residuals, or the cosine distance from the restored features."""
-    residuals: Tensor
-    """(N, C, G, G): features minus their prediction, or minus those of the restored image, averaged over the noise scales."""
     features: Tensor
     """(N, C, G, G): the features, on the scale that the network predicts."""
+    find_feature: Callable[[], Tensor]
+    find_residuals: Callable[[], Tensor]
+
+    @cached_property
+    @torch.inference_mode()
+    def feature(self) -> Tensor:
+        """(N, T, G, G): mean over channels of the squared feature residuals, or the cosine distance from restored features."""
+        return self.find_feature()
+
+    @cached_property
+    @torch.inference_mode()
+    def residuals(self) -> Tensor:
+        """(N, C, G, G): features minus their prediction, or minus those of the restored image, averaged over the noise scales."""
+        return self.find_residuals()
 
 
 @dataclass(frozen=True)
@@ -54,8 +67,8 @@ class Source(ABC):
     label: int | None
 
     @abstractmethod
-    def __call__(self, x: Tensor) -> Evidence:
-        """Of photographs (N, 3, map_size, map_size) in [-1, 1] on the network's device."""
+    def __call__(self, x: Tensor, n: int) -> Evidence:
+        """Of the first n photographs (N, 3, map_size, map_size) in [-1, 1] on the network's device; the others fill the batch."""
 
     def cells(self, pixel: Tensor, changed: Tensor) -> Tensor:
         """`denoising_cells` on the configured grid."""
@@ -70,49 +83,47 @@ class NoiseScales(Source):
         """(T, 3, S, S), as `fixed_noise` draws it."""
         return fixed_noise(self.config).to(self.denoiser.feature_mean.device)
 
-    def __call__(self, x: Tensor) -> Evidence:
-        steps, batch = len(self.noise), len(x)
+    def __call__(self, x: Tensor, n: int) -> Evidence:
+        steps, batch, head = len(self.noise), len(x), self.denoiser.unet.feature_head
         t = torch.tensor(self.config.scoring.timesteps, device=x.device).repeat(batch)
         x_start = self.denoiser.shrink(x).repeat_interleave(steps, 0)
         x_t = self.process.q_sample(x_start, t, self.noise.repeat(batch, 1, 1, 1))
-        output = self.denoiser.predict(self.process, x_t, t, self.label)
-        target = self.denoiser.target(self.denoiser.features(self.extractor, x))
-        eps, v = output.prediction.float().chunk(2, dim=1)
+        prediction, _, states = self.denoiser.predict(self.process, x_t, t, self.label)
+        features = self.denoiser.target(self.denoiser.features(self.extractor, x))[:n]
+        eps, v = prediction.float().chunk(2, dim=1)
         kl = kl_map(self.process, x_start, x_t, t, eps, v)
         changed = x_start - self.process.predict_x_start(x_t, t, eps).clamp(-1, 1)
-        assert output.features is not None
-        residuals = target[:, None] - output.features.unflatten(0, (batch, steps))
+        assert head is not None and states is not None
         return Evidence(
-            kl.unflatten(0, (batch, steps)),
-            self.cells(kl, changed).unflatten(0, (batch, steps)).flatten(1, 2),
-            residuals.square().mean(2),
-            residuals.mean(1),
-            target,
+            kl.unflatten(0, (batch, steps))[:n],
+            self.cells(kl, changed).unflatten(0, (batch, steps)).flatten(1, 2)[:n],
+            features,
+            lambda: (features[:, None] - head(states).unflatten(0, (batch, steps))[:n]).square().mean(2),
+            lambda: features - head.mean(states, steps)[:n],
         )
 
 
 class Restoration(Source):
     """Conditioned, blur-guided diffusion from each noise scale down: the photograph beside what it is restored to."""
 
-    def __call__(self, x: Tensor) -> Evidence:
+    def __call__(self, x: Tensor, n: int) -> Evidence:
         x_start = self.denoiser.shrink(x)
+        scales = enumerate(self.config.scoring.timesteps)
+        changes = [x_start - self._restored(x_start, scale, start) for scale, start in scales]
+        pixels = [changed.abs().mean(1) for changed in changes]
         seen = self.denoiser.features(self.extractor, x)
-        target = self.denoiser.target(seen)
-        pixel, cells, feature, residuals = [], [], [], []
-        for scale, start in enumerate(self.config.scoring.timesteps):
-            changed = x_start - self._restored(x_start, scale, start)
-            whole = repainted(x, -changed).clamp(-1, 1)
-            restored = self.denoiser.features(self.extractor, whole)
-            pixel.append(changed.abs().mean(1))
-            cells.append(self.cells(pixel[-1], changed))
-            feature.append(self._cosine_distance(seen, restored))
-            residuals.append(target - self.denoiser.target(restored))
+
+        @cache
+        def restored() -> list[Tensor]:
+            whole = [repainted(x, -changed).clamp(-1, 1) for changed in changes]
+            return [self.denoiser.features(self.extractor, each) for each in whole]
+
         return Evidence(
-            torch.stack(pixel, 1),
-            torch.cat(cells, 1),
-            torch.stack(feature, 1),
-            torch.stack(residuals).mean(0),
-            target,
+            torch.stack(pixels, 1)[:n],
+            torch.cat([self.cells(*each) for each in zip(pixels, changes, strict=True)], 1)[:n],
+            self.denoiser.target(seen)[:n],
+            lambda: torch.stack([self._cosine_distance(seen, each) for each in restored()], 1)[:n],
+            lambda: ((seen - torch.stack(restored()).mean(0)) / self.denoiser.feature_std)[:n],
         )
 
     def _restored(self, x_start: Tensor, scale: int, start: int) -> Tensor:
@@ -146,10 +157,10 @@ class Restoration(Source):
 class FeaturesAlone(Source):
     """The extractor's features and nothing of the network, for the Gaussian of normal features by itself."""
 
-    def __call__(self, x: Tensor) -> Evidence:
-        target = self.denoiser.target(self.denoiser.features(self.extractor, x))
-        nothing = torch.zeros_like(target[:, :1])
-        return Evidence(nothing, nothing, nothing, target, target)
+    def __call__(self, x: Tensor, n: int) -> Evidence:
+        features = self.denoiser.target(self.denoiser.features(self.extractor, x))[:n]
+        nothing = torch.zeros_like(features[:, :1])
+        return Evidence(nothing, nothing, features, lambda: nothing, lambda: features)
 
 
 SOURCES: Mapping[str, type[Source]] = {"noise": NoiseScales, "restoration": Restoration, "features": FeaturesAlone}

@@ -53,10 +53,11 @@ class FeatureExtractor(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = ((x + 1) / 2 - self.mean) / self.std
         side = self.input_size or x.shape[-1]
         if side != x.shape[-1]:
             x = F.interpolate(x, size=(side, side), mode="bicubic", align_corners=False, antialias=side < x.shape[-1])
-        stages = self.backbone(((x + 1) / 2 - self.mean) / self.std)
+        stages = self.backbone(x)
         features = torch.cat([resize_features(stage.float(), self.grid) for stage in stages], dim=1)
         window = self.neighbourhood
         if window == 1:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,16 +31,24 @@ class NormalGaussian:
         """Whether every place has its own."""
         return len(self.whitening) > 1
 
+    @cached_property
+    def _channels(self) -> slice:
+        """The channels that `projection` does not leave out, some stages among all."""
+        used = self.projection.any(0).nonzero().flatten().tolist()
+        return slice(used[0], used[-1] + 1)
+
     def distance(self, cells: Tensor) -> Tensor:
         """Squared Mahalanobis distance over d, (N, C, G, G) -> (N, G, G): about 1 for normal cells."""
         n, _, grid, _ = cells.shape
-        projected = torch.einsum("dc,ncxy->xydn", self.projection, cells).reshape(grid * grid, -1, n)
-        # One batch of products over places; a single Gaussian takes all places as its columns.
-        centred = projected - self.mean[..., None]
+        projection = self.projection[:, self._channels]
+        # One row of channels for each cell: nothing moves where tensors are channels-last.
+        rows = cells[:, self._channels].permute(0, 2, 3, 1).reshape(n, grid * grid, -1)
         if not self.by_place:
-            centred = centred.permute(1, 0, 2).reshape(1, -1, grid * grid * n)
-        white = torch.bmm(self.whitening, centred)
-        return white.square().mean(-2).reshape(grid, grid, n).permute(2, 0, 1).contiguous()
+            white = F.linear(rows, self.whitening[0] @ projection, -(self.whitening[0] @ self.mean[0]))
+        else:
+            centred = F.linear(rows, projection) - self.mean
+            white = torch.bmm(centred.transpose(0, 1), self.whitening.transpose(1, 2)).transpose(0, 1)
+        return white.square().mean(-1).reshape(n, grid, grid)
 
 
 class Moments:

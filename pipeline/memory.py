@@ -1,11 +1,15 @@
-"""Memory of the stream's processes: what a shard needed is given back to the system before the next one comes."""
+"""Memory of the processes that work through shards and networks: reused while one lasts, given back to the system after it."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 
 import pyarrow as pa
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+"""Of glibc's <malloc.h>."""
 
 
 def use_system_allocator() -> None:
@@ -13,8 +17,25 @@ def use_system_allocator() -> None:
     pa.set_memory_pool(pa.system_memory_pool())
 
 
+def reuse_freed_memory() -> None:
+    """Let glibc keep what is freed until `give_back_free_memory`; with other allocators nothing changes.
+
+    By default every large tensor is mapped anew, and the system clears its pages as they are touched: a third of the time of
+    scoring on a CPU.
+    """
+    mallopt = _of_glibc("mallopt")
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_TOP_PAD, 64 << 20)
+
+
 def give_back_free_memory() -> None:
     """Return to the system what glibc keeps of freed memory; with other allocators nothing."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    trim = _of_glibc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

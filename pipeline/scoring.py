@@ -134,7 +134,7 @@ class Scorer:
         # A fixed batch shape makes every image's arithmetic the same whatever its company.
         padded = np.concatenate([images_nhwc, np.repeat(images_nhwc[-1:], self.config.scoring.batch_size - n, axis=0)])
         x = torch.from_numpy(to_unit_range(padded)).to(self.device, memory_format=torch.channels_last)
-        return Evidence(*(part[:n] for part in self.source(x)))
+        return self.source(x, n)
 
     def upsample(self, maps: Tensor) -> Tensor:
         """(N, T, s, s) -> (N, T, map_size, map_size), bilinear."""

@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.export_names import safe_part
 from pipeline.heat_maps import heat_map, heat_scale
 from pipeline.images import ImageError, decode_mask, encode_png, resize_mask
-from pipeline.memory import give_back_free_memory, use_system_allocator
+from pipeline.memory import give_back_free_memory, reuse_freed_memory, use_system_allocator
 from pipeline.restoration_methods import Method
 from pipeline.shard_reading import without_images
 from pipeline.storage import Location
@@ -95,6 +95,7 @@ class RestoringActor:
     def __init__(self, plan: BatchPlan, workers: Workers, settings: RestorePlan) -> None:
         compute_with(workers.threads)
         use_system_allocator()
+        reuse_freed_memory()
         self.plan = plan
         self.settings = settings
         self.device = "cuda" if workers.gpus_per_actor > 0 else "cpu"

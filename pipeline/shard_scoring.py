@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.archives import Failure, image_id
 from pipeline.batch_plan import BatchPlan, Workers
 from pipeline.errors import UserError
-from pipeline.memory import give_back_free_memory, use_system_allocator
+from pipeline.memory import give_back_free_memory, reuse_freed_memory, use_system_allocator
 from pipeline.regions import find_regions
 from pipeline.results import FailureRow, ScoreRow, write_shard
 from pipeline.shard_reading import without_images
@@ -32,6 +32,7 @@ class ScoringActor:
     def __init__(self, plan: BatchPlan, workers: Workers) -> None:
         compute_with(workers.threads)
         use_system_allocator()
+        reuse_freed_memory()
         self.plan = plan
         self.device = "cuda" if workers.gpus_per_actor > 0 else "cpu"
         self.scorers: dict[str, Scorer] = {}

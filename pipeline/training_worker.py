@@ -18,7 +18,7 @@ from botocore.parsers import ResponseParserError  # type: ignore[import-untyped]
 from pipeline.errors import UserError, one_line
 from pipeline.fit import Rank
 from pipeline.images import ImageError
-from pipeline.memory import give_back_free_memory
+from pipeline.memory import give_back_free_memory, reuse_freed_memory
 from pipeline.photograph_file import load_within
 from pipeline.s3_options import s3_endpoint
 from pipeline.storage_errors import explain
@@ -36,6 +36,7 @@ def work(settings: dict[str, Any]) -> None:
     ends the workers, and Ray Train starts them again.
     """
     slot, board, slots = settings["slot"], settings["board"], settings["slots"]
+    reuse_freed_memory()
     context = ray.train.get_context()
     rank = Rank(context.get_world_rank(), context.get_world_size())
     while (name := _next(board, slot, rank)) is not None:

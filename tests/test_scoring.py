@@ -74,6 +74,16 @@ def test_evidence_has_one_entry_per_noise_scale(scorer, fresh):
     assert (evidence.pixel >= 0).all()
 
 
+@pytest.mark.parametrize(("prediction", "asked"), [("ignore", 0), ("subtract", 1)])
+def test_the_feature_head_is_asked_only_by_measures_that_look_at_it(calibrated, fresh, prediction, asked):
+    scorer = calibrated(scoring={"alpha": 0.5, "covariance": "general", "prediction": prediction})
+    calls = []
+    convolution = scorer.denoiser.unet.feature_head[-1]
+    convolution.register_forward_hook(lambda *_: calls.append(1))
+    scorer.score(fresh[:4])
+    assert len(calls) == asked
+
+
 def test_denoising_cells_are_means_over_a_window_of_cells():
     generator = torch.Generator().manual_seed(0)
     kl = torch.rand(2, 16, 16, generator=generator) + 0.1

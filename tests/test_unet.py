@@ -335,6 +335,18 @@ def test_features_come_from_the_last_decoder_block_that_does_not_up_sample(rate,
     torch.testing.assert_close(found.prediction, prediction, rtol=1e-4, atol=1e-4)
 
 
+def test_the_mean_of_the_feature_heads_answers():
+    network = UNet(**SMALL, feature_channels=7, feature_rate=2)
+    x = torch.randn(4, 3, SMALL["image_size"], SMALL["image_size"], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        answered = network(x, torch.tensor([5, 25, 5, 25]))
+        unasked = network(x, torch.tensor([5, 25, 5, 25]), ask_head=False)
+        mean = network.feature_head.mean(unasked.states, 2)
+    assert unasked.features is None
+    torch.testing.assert_close(unasked.prediction, answered.prediction)
+    torch.testing.assert_close(mean, answered.features.unflatten(0, (2, 2)).mean(1))
+
+
 def test_loading_a_checkpoint_leaves_the_feature_head_alone():
     network = UNet(**SMALL, feature_channels=7, feature_rate=2)
     before = {k: v.clone() for k, v in network.feature_head.state_dict().items()}

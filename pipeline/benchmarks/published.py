@@ -63,7 +63,11 @@ class PublishedScorer(Scorer):
             residuals.append(target - self.denoiser.unet(x_t, told, labels).features)
         residual = torch.stack(residuals, 1)
         return Evidence(
-            torch.stack(kl, 1), torch.cat(denoising, 1), residual.square().mean(2), residual.mean(1), target
+            torch.stack(kl, 1),
+            torch.cat(denoising, 1),
+            target,
+            lambda: residual.square().mean(2),
+            lambda: residual.mean(1),
         )
 
 

@@ -80,6 +80,7 @@ def training_loss(
     eps, v = prediction.float().chunk(2, dim=1)
     noise_loss = F.mse_loss(eps, noise)
     bound = variational_bound(process, x_start, x_t, t, eps.detach(), v).mean()
-    feature_loss = F.mse_loss(features.float(), target_features)
+    # Seen with channels last, as both lie in memory: the gradient of anything else is made in the default layout, then copied.
+    feature_loss = F.mse_loss(features.float().permute(0, 2, 3, 1), target_features.permute(0, 2, 3, 1))
     total = noise_loss + bound + feature_weight * feature_loss
     return Losses(total, noise_loss.detach(), bound.detach(), feature_loss.detach())

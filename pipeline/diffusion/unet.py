@@ -18,10 +18,12 @@ from pipeline.diffusion.group_norm import GroupNorm
 
 
 class UNetOutput(NamedTuple):
-    """prediction (N, 6, H, W): noise and raw variance fraction; features (N, C, G, G), or None without a feature head."""
+    """prediction (N, 6, H, W): noise and raw variance fraction; features (N, C, G, G), unless the head was not asked; states
+    (N, c, G, G): what the head sees. Neither without a feature head."""
 
     prediction: Tensor
-    features: Tensor | None
+    features: Tensor | None = None
+    states: Tensor | None = None
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -72,7 +74,7 @@ class ResBlock(nn.Module):
         h = convolution(self._resized(activation(norm(x))))
         scale, shift = self.emb_layers(embedding)[:, :, None, None].chunk(2, dim=1)
         norm, activation, _, convolution = self.out_layers
-        h = convolution(activation(norm(h) * (1 + scale) + shift))
+        h = convolution(activation(torch.addcmul(shift, norm(h), 1 + scale)))
         return self.skip_connection(self._resized(x)) + h
 
 
@@ -115,6 +117,13 @@ class FeatureHead(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float())
+
+    def mean(self, x: Tensor, scales: int) -> Tensor:
+        """The mean of what it says of every `scales` consecutive images, averaged before its convolution, which is linear:
+        (N scales, channels, G, G) -> (N, feature_channels, G, G)."""
+        norm, activation, convolution = self
+        with torch.autocast(x.device.type, enabled=False):
+            return convolution(activation(norm(x.float())).unflatten(0, (-1, scales)).mean(1))
 
 
 class UNet(nn.Module):
@@ -198,13 +207,18 @@ class UNet(nn.Module):
             group_norm(channels), nn.SiLU(), zeroed(nn.Conv2d(channels, out_channels, 3, padding=1))
         )
 
-    def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> UNetOutput:
-        """x (N, 3, H, W) in about [-1, 1] plus noise; timesteps (N,) original steps; labels (N,) when class-conditional."""
+    def forward(
+        self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None, *, ask_head: bool = True
+    ) -> UNetOutput:
+        """x (N, 3, H, W) in about [-1, 1] plus noise; timesteps (N,) original steps; labels (N,) when class-conditional.
+
+        ask_head: whether the feature head answers, which takes long where features have many channels.
+        """
         assert (labels is not None) == (self.label_emb is not None), "labels go with num_classes"
         embedding = self.time_embed(timestep_embedding(timesteps, self.model_channels))
         if self.label_emb is not None:
             embedding = embedding + self.label_emb(labels)
-        skips, features = [], None
+        skips, features, states = [], None, None
         for block in self.input_blocks:
             x = block(x, embedding)
             skips.append(x)
@@ -212,8 +226,8 @@ class UNet(nn.Module):
         for i, block in enumerate(self.output_blocks):
             x = block(torch.cat([x, skips.pop()], dim=1), embedding)
             if self.feature_head is not None and i == self.feature_stage:
-                features = self.feature_head(x)
-        return UNetOutput(self.out(x), features)
+                states, features = x, self.feature_head(x) if ask_head else None
+        return UNetOutput(self.out(x), features, states)
 
     @classmethod
     def from_guided_diffusion(
