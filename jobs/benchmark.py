@@ -201,6 +201,7 @@ def benchmark(options: Benchmark) -> int:
 
 def measure(options: Benchmark) -> Measured:
     """Run the benchmark. Raises UserError where it cannot run as asked."""
+    reuse_freed_memory()  # as workers and actors do
     if isinstance(options, Metrics):
         return measure_metrics(options.maps, options.side)
     if isinstance(options, Decode):
@@ -224,7 +225,6 @@ def measure(options: Benchmark) -> Measured:
                 side=options.side,
             )
     device = chosen_device(options.device)
-    reuse_freed_memory()  # as workers and actors do
     if isinstance(options, Restore):
         if not (options.models and options.dataset and options.category):
             raise UserError("--models, --dataset and --category: name the model to restore with, and its photographs")

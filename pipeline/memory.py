@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
+ONE_HEAP = "MALLOC_ARENA_MAX", "1"
+"""For the environment in which Ray starts: Ray's workers compute in threads, to which glibc would give heaps that are too
+small for large tensors. It reads this when a process begins."""
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Of glibc's <malloc.h>."""
 
@@ -21,7 +24,7 @@ def reuse_freed_memory() -> None:
     """Let glibc keep what is freed until `give_back_free_memory`; with other allocators nothing changes.
 
     By default every large tensor is mapped anew, and the system clears its pages as they are touched: a third of the time of
-    scoring on a CPU.
+    scoring on a CPU. Threads of their own reuse memory only where `ONE_HEAP` is set.
     """
     mallopt = _of_glibc("mallopt")
     if mallopt is not None:

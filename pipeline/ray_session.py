@@ -15,6 +15,7 @@ import ray
 import ray.data
 
 from pipeline.errors import UserError
+from pipeline.memory import ONE_HEAP
 from pipeline.resources import Node, Resources
 from pipeline.threads import WAITING
 
@@ -28,7 +29,8 @@ def ray_session() -> Iterator[Resources]:
     of all workers stay in Ray's session folder.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault(*WAITING)  # for the training workers of a Ray that starts here
+    for variable in WAITING, ONE_HEAP:  # for the workers of a Ray that starts here
+        os.environ.setdefault(*variable)
     warnings.filterwarnings("ignore", module=r"ray\..*")
     remote = os.environ.get("RAY_ADDRESS", "local") != "local"
     _quiet_native_log()
