@@ -138,4 +138,5 @@ def _inverse_factor(covariance: Tensor) -> Tensor:
     """L^-1 with covariance = L L^T; positive definite (..., d, d)."""
     factor = torch.linalg.cholesky(covariance)
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+    # Laid out as when loaded from a model, which products round alike.
+    return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).contiguous()

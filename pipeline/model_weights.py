@@ -70,7 +70,8 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
     """A stored model ready to score. Raises UserError when its weights do not fit its config."""
     try:
         tensors = load_tensors((info.location / "weights.safetensors").read_bytes())
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        # Copied, since they lie anywhere in the file: products round by where in memory their factors begin.
+        tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
         extractor = FeatureExtractor.of(info.config.features)
         denoiser = Denoiser(info.config, extractor.channels, len(info.classes) if info.classes else None)
         denoiser.load_state_dict(_under("denoiser.", tensors))

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -63,6 +64,12 @@ def rewrite(path, **changes):
 
 
 # ---- Round trip ----
+
+
+def test_what_a_loaded_model_multiplies_begins_at_a_cache_line(models, stored):
+    calibration = load_scorer(model_info(models, "cloth")).calibration
+    factors = asdict(calibration.measure.feature).values()
+    assert [tensor.data_ptr() % 64 for tensor in factors] == [0, 0, 0]
 
 
 def test_a_loaded_model_scores_as_the_saved_one(models, stored, scorer, fresh):
