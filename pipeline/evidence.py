@@ -40,7 +40,9 @@ class Evidence:
     features: Tensor
     """(N, C, G, G): the features, on the scale that the network predicts."""
     find_feature: Callable[[], Tensor]
+    """Works out `feature`."""
     find_residuals: Callable[[], Tensor]
+    """Works out `residuals`."""
 
     @cached_property
     @torch.inference_mode()

@@ -33,6 +33,19 @@ SMALL_NETWORK = NetworkConfig(
 SHORT_TRAINING = TrainingConfig(iterations=400, batch_size=4, learning_rate=4e-4, ema_decay=0.99, max_timestep=450)
 """Some ten minutes of theirs."""
 
+STUDIED_FEATURES = FeatureConfig(context_stages=(4,), input_size=512, grid=64, neighbourhood=3)
+STUDIED_SCORING = ScoringConfig(
+    timesteps=(5, 25),
+    alpha=None,
+    pixel="gaussian",
+    prediction="select",
+    covariance="select",
+    context_weight=None,
+    map_sigma=2.0,
+    top_pixels=None,
+)
+"""What the CPU study found (pipeline/ACCURACY.md); what it leaves open every model chooses by itself."""
+
 PRESETS: dict[PresetName, Config] = {
     "demo": Config(
         preset="demo",
@@ -59,18 +72,9 @@ PRESETS: dict[PresetName, Config] = {
     "fast": Config(
         preset="fast",
         network=SMALL_NETWORK,
-        features=FeatureConfig(context_stages=(4,), input_size=512, grid=64, neighbourhood=3),
+        features=STUDIED_FEATURES,
         training=SHORT_TRAINING,
-        scoring=ScoringConfig(
-            timesteps=(5, 25),
-            alpha=None,
-            pixel="gaussian",
-            prediction="select",
-            covariance="select",
-            context_weight=None,
-            map_sigma=2.0,
-            top_pixels=None,
-        ),
+        scoring=STUDIED_SCORING,
     ),
     # For textures: restored photographs beside the given ones, conditioned; blur guidance would double the time. Smoothing and
     # image score are the published method's; what calibration leaves open every model chooses by itself.
@@ -117,7 +121,7 @@ PRESETS: dict[PresetName, Config] = {
             top_pixels=1,
         ),
     ),
-    # What the CPU study found (pipeline/ACCURACY.md), at twice the network's resolution and width, for one data-centre GPU.
+    # What the CPU study found, at twice the network's resolution and width, for one data-centre GPU.
     "best": Config(
         preset="best",
         network=NetworkConfig(
@@ -128,21 +132,11 @@ PRESETS: dict[PresetName, Config] = {
             attention_resolutions=(8, 16),
             num_head_channels=64,
         ),
-        features=FeatureConfig(context_stages=(4,), input_size=512, grid=64, neighbourhood=3),
+        features=STUDIED_FEATURES,
         training=TrainingConfig(
             iterations=3000, batch_size=16, learning_rate=3e-4, ema_decay=0.997, max_timestep=450, checkpoint_every=500
         ),
-        scoring=ScoringConfig(
-            timesteps=(5, 25),
-            alpha=None,
-            pixel="gaussian",
-            prediction="select",
-            covariance="select",
-            context_weight=None,
-            map_sigma=2.0,
-            top_pixels=None,
-            batch_size=16,
-        ),
+        scoring=STUDIED_SCORING.model_copy(update={"batch_size": 16}),
     ),
     # The published recipe; scoring.normalisation "image" is what its code does to the KL map. Its extractor's weights come
     # from a model hub: without one, set features.extractor=tf_efficientnet_lite0.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import runpy
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,13 +23,6 @@ pytest_plugins = ["tests.s3_server", "tests.seaweed_server"]
 
 # Jobs under test have a Ray of their own, whatever else runs on this machine.
 os.environ.setdefault("RAY_ADDRESS", "local")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with many slow tests first: begun last, one of them would leave the other process nothing to do."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
-
 
 # Tests are small and may run beside each other: a second thread costs more than it brings.
 torch.set_num_threads(1)

@@ -125,5 +125,6 @@ def test_a_larger_input_gives_finer_features():
         FeatureExtractor("tf_efficientnet_lite0", stages=(0, 1), grid=16, input_size=size) for size in (None, 64)
     )
     enlarged = torch.nn.functional.interpolate(x, size=(64, 64), mode="bicubic", align_corners=False)
-    torch.testing.assert_close(larger(x), plain(enlarged), rtol=1e-3, atol=1e-4)
+    # Normalised before or after it is enlarged: another rounding.
+    torch.testing.assert_close(larger(x), plain(enlarged), rtol=1e-5, atol=5e-5)
     assert not torch.allclose(larger(x), plain(x), atol=0.1)
