@@ -153,7 +153,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def models(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny models of both textures, trained by the job."""
+    """Tiny models of both textures."""
     return train_tiny(dataset, tmp_path_factory.mktemp("models"))
 
 
