@@ -17,6 +17,7 @@ from typing import Annotated
 import tyro
 
 from pipeline.command import OK, PARTIAL_FAILURE, console, run
+from pipeline.config import Config
 from pipeline.datasets import Layout, categories, detect_layout, training_records
 from pipeline.errors import UserError
 from pipeline.fleet import train_fleet
@@ -67,6 +68,9 @@ class Options:
     initial_weights: str | None = None
     """A published guided-diffusion checkpoint (file or s3:// URI) that the networks start from, such as
     256x256_diffusion.pt for the preset paper."""
+    calibrate_only: bool = False
+    """Train nothing: calibrate the networks of the models in use anew with these settings, on the photographs that they were
+    trained on; for another --false-alarm-rate, other settings of scoring, or a new release."""
     workers_per_category: int = 1
     """Training workers that share one category's batch."""
     gpus_per_worker: float | None = None
@@ -159,6 +163,10 @@ def planned(options: Options) -> Plan:
     initial_weights = None if options.initial_weights is None else Location.parse(options.initial_weights)
     if initial_weights is not None:
         require_exists(initial_weights, "--initial-weights")
+    if options.calibrate_only and (initial_weights is not None or len(networks) > 1):
+        raise UserError(
+            "--calibrate-only trains no network: leave out --initial-weights, and --select settings of scoring"
+        )
     layout = options.layout or detect_layout(dataset)
     chosen = tuple(dict.fromkeys(options.categories)) or tuple(categories(dataset, layout))
     if not options.dry_run:
@@ -176,6 +184,8 @@ def planned(options: Options) -> Plan:
             unusable[group[0]] = str(error)
             continue
         files = files_fingerprint([record for found in records.values() for record in found])
+        calibrated = group if options.calibrate_only else ()
+        versions = tuple(stored_network(models, category, networks[0].config) for category in calibrated)
         tried = [
             TrainingJob(
                 name=("joint" if joint else group[0]) + (f"~{number}" if len(networks) > 1 else ""),
@@ -186,6 +196,7 @@ def planned(options: Options) -> Plan:
                 config=network.config,
                 initial_weights=initial_weights,
                 variants=network.variants,
+                versions=versions,
                 publish=len(networks) == 1,
                 files_fingerprint=files,
                 revision=source,
@@ -202,13 +213,27 @@ def planned(options: Options) -> Plan:
     return Plan(dataset, layout, models, counts, skipped, unusable, tuple(networks), listed, tuple(jobs))
 
 
+def stored_network(models: Location, category: str, config: Config) -> str:
+    """The version of the category's model in use. Raises UserError where its network is not what the settings ask for."""
+    info = model_info(models, category)
+    stored, asked = (each.model_dump(mode="json", exclude={"preset", "scoring"}) for each in (info.config, config))
+    for section, values in asked.items():
+        if stored[section] != values:
+            raise UserError(
+                f"{category} {info.version} was trained with other settings of {section} (preset {info.config.preset}): give "
+                "the same ones, or leave out --calibrate-only"
+            )
+    return info.version
+
+
 def show_plan(plan: Plan, slots: Slots, preset: PresetName) -> None:
     """What will be trained, where."""
     config = plan.networks[0].config
+    work = "calibrated only" if plan.jobs[0].versions else f"{config.training.iterations} iterations"
     ways = sum(len(network.variants) for network in plan.networks)
     console.print(
         f"{len(plan.counts)} categories of {plan.dataset} ({plan.layout}), preset {preset} [{config.digest()}], "
-        f"{config.training.iterations} iterations; "
+        f"{work}; "
         + (f"{len(plan.networks)} networks and {ways} ways of scoring tried; " if ways > 1 else "")
         + f"{slots.count} at once, "
         f"{slots.workers} worker(s) each with {slots.cpus} CPU(s) and {slots.gpus:g} GPU(s); models to {plan.models}",

@@ -18,9 +18,9 @@ from pipeline.datasets import training_records
 from pipeline.errors import UserError
 from pipeline.features import FeatureExtractor
 from pipeline.fit import Fit, Rank
-from pipeline.model_store import new_version, package_versions
+from pipeline.model_store import model_info, new_version, package_versions
 from pipeline.model_versions import publish
-from pipeline.model_weights import save_model
+from pipeline.model_weights import load_scorer, save_model
 from pipeline.scoring import Scorer
 from pipeline.selection import summary
 from pipeline.storage import Location
@@ -41,7 +41,7 @@ Report = Callable[[dict[str, Any]], None]
 def train(
     job: TrainingJob, *, load: Load, report: Report, rank: Rank | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, dict[str, Any]]:
-    """Load, resume, fit, calibrate and store, as one rank of those that share every batch.
+    """Load, resume, fit, calibrate and store, as one rank of those that share every batch; or only calibrate and store.
 
     Returns, by category, the new version and its figures; on ranks but the first nothing. Raises UserError for photographs
     and weights that cannot be used, FloatingPointError for a run that diverged.
@@ -51,6 +51,8 @@ def train(
     leader = rank.index == 0
     records = {category: training_records(job.dataset, job.layout, category) for category in job.categories}
     images = load_training_images(records, job.config.training, job.config.scoring.map_size, load)
+    if job.versions:
+        return calibrate_anew(job, images, report, started, device) if leader else {}
     fit = Fit(
         job.config,
         images.training,
@@ -84,11 +86,39 @@ def train(
         if tracking is None:
             return {}
         report({"state": "calibrating"})
-        history = {"resumed_at_step": resumed_at, "losses": losses}
-        found = store(job, fit, images, history, lambda: round(time.monotonic() - started, 1))
+        start = job.initial_weights and job.initial_weights.uri
+        history = {"resumed_at_step": resumed_at, "losses": losses, "initial_weights": start}
+        now, labels = datetime.now(UTC), range(len(job.categories)) if job.config.joint else (None,)
+        found = {
+            category: store(job, category, fit.scorer(label), images, history, started, now)
+            for category, label in zip(job.categories, labels, strict=True)
+        }
+        put_in_use(job, found)
         for category, outcome in found.items():
             tracking.log(fit.step, {f"{category}/{name}": outcome[name] for name in FIGURES})
     checkpoints.remove()
+    report({"seconds": time.monotonic() - started})
+    return found
+
+
+def calibrate_anew(
+    job: TrainingJob, images: TrainingImages, report: Report, started: float, device: torch.device | str
+) -> dict[str, dict[str, Any]]:
+    """Calibrate and store the networks of the job's versions; what `train` returns.
+
+    Raises UserError where they were trained on other photographs: what is held out now may have shaped them.
+    """
+    iterations, now, found = job.config.training.iterations, datetime.now(UTC), {}
+    report({"state": "calibrating", "first_step": iterations, "step": iterations})
+    for category, version in zip(job.categories, job.versions, strict=True):
+        info = model_info(job.models, category, version)
+        if info.provenance["data_fingerprint"] != images.fingerprint:
+            raise UserError(f"{category} {version} was trained on other photographs: train it anew")
+        scorer = load_scorer(info, device=device)
+        scorer.configure(job.config)
+        kept = {name: info.provenance[name] for name in ("resumed_at_step", "losses", "initial_weights")}
+        found[category] = store(job, category, scorer, images, kept | {"network_of": version}, started, now)
+    put_in_use(job, found)
     report({"seconds": time.monotonic() - started})
     return found
 
@@ -114,42 +144,49 @@ def stretch(fit: Fit) -> dict[str, float]:
 
 
 def store(
-    job: TrainingJob, fit: Fit, images: TrainingImages, history: dict[str, Any], seconds: Callable[[], float]
-) -> dict[str, dict[str, Any]]:
-    """Calibrate the fitted network for each category and store the models; what is known of each."""
-    now = datetime.now(UTC)
-    found = {}
-    for label, (category, part) in enumerate(images.parts.items()):
-        scorer = fit.scorer(label if job.config.joint else None)
-        held_out, training = images.held_out[category], images.training[part]
-        try:
-            choices = calibrate(scorer, held_out, training, job.variants)
-        except torch.linalg.LinAlgError as error:
-            raise FloatingPointError(
-                f"the network's output for {category} is not finite: lower training.learning_rate"
-            ) from error
-        version = new_version(scorer.config, now)
-        provenance = history | {
-            "dataset": job.dataset.uri,
-            "data_fingerprint": images.fingerprint,
-            "files_fingerprint": job.files_fingerprint,
-            "settings_digest": job.settings_digest,
-            "training_images": len(training),
-            "held_out_images": len(held_out),
-            "initial_weights": job.initial_weights and job.initial_weights.uri,
-            "seconds": seconds(),
-            "packages": package_versions(),
-            "revision": job.revision,
-            "created": now.isoformat(timespec="seconds"),
-        }
-        tried = [summary(choice, job.variants) for choice in choices]
-        classes = job.categories if job.config.joint else None
-        save_model(job.models, category, version, scorer, classes, provenance, tried)
-        found[category] = _outcome(scorer, version, len(held_out)) | tried[0]
+    job: TrainingJob,
+    category: str,
+    scorer: Scorer,
+    images: TrainingImages,
+    history: dict[str, Any],
+    started: float,
+    now: datetime,
+) -> dict[str, Any]:
+    """Calibrate a network for a category and store the model; what is known of it.
+
+    history: of the network, for its provenance; started: when the work on it began, by time.monotonic; now: names the
+    version, the same for all categories that share the network.
+    """
+    held_out, training = images.held_out[category], images.training[images.parts[category]]
+    try:
+        choices = calibrate(scorer, held_out, training, job.variants)
+    except torch.linalg.LinAlgError as error:
+        raise FloatingPointError(
+            f"the network's output for {category} is not finite: lower training.learning_rate"
+        ) from error
+    version = new_version(scorer.config, now)
+    provenance = history | {
+        "dataset": job.dataset.uri,
+        "data_fingerprint": images.fingerprint,
+        "files_fingerprint": job.files_fingerprint,
+        "settings_digest": job.settings_digest,
+        "training_images": len(training),
+        "held_out_images": len(held_out),
+        "seconds": round(time.monotonic() - started, 1),
+        "packages": package_versions(),
+        "revision": job.revision,
+        "created": now.isoformat(timespec="seconds"),
+    }
+    tried = [summary(choice, job.variants) for choice in choices]
+    save_model(job.models, category, version, scorer, job.categories if job.config.joint else None, provenance, tried)
+    return _outcome(scorer, version, len(held_out)) | tried[0]
+
+
+def put_in_use(job: TrainingJob, found: dict[str, dict[str, Any]]) -> None:
+    """Publish the versions that were found, by category, if the job asks for it; notes which are kept back by a pin."""
     if job.publish:
         for category, outcome in found.items():
             outcome["pinned"] = publish(job.models, category, outcome["version"])
-    return found
 
 
 def _outcome(scorer: Scorer, version: str, held_out: int) -> dict[str, Any]:

@@ -27,6 +27,8 @@ class TrainingJob:
     """A published guided-diffusion checkpoint that the network starts from."""
     variants: tuple[ScoringConfig, ...] = ()
     """Ways of scoring of which the best is kept; none: the config's own."""
+    versions: tuple[str, ...] = ()
+    """Stored versions, one for each category, whose networks are calibrated anew; none: a network is trained."""
     publish: bool = True
     """Whether the model becomes the one in use as soon as it is stored."""
     files_fingerprint: str = ""

@@ -63,7 +63,7 @@ def make_dataset(folder: Path) -> Path:
 def train_tiny(dataset: Path, models: Path) -> Path:
     """Tiny models of both textures as `train_all` with TINY would train them, here without Ray, whose workers take five times
     as long to start."""
-    place = Location.parse(dataset)
+    place, config = Location.parse(dataset), load_config("demo", TINY[1:])
     for name in TEXTURES:
         job = TrainingJob(
             name=name,
@@ -71,7 +71,8 @@ def train_tiny(dataset: Path, models: Path) -> Path:
             dataset=place,
             layout="mvtec",
             models=Location.parse(models),
-            config=load_config("demo", TINY[1:]),
+            config=config,
+            variants=(config.scoring,),
             files_fingerprint=files_fingerprint(training_records(place, "mvtec", name)),
         )
         train(job, load=load_photographs, report=lambda _: None)

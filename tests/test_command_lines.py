@@ -114,6 +114,16 @@ MISTAKES = {
         ["--models", "{tmp}", "--output", "{tmp}/o"],
         "give --images",
     ),
+    "calibrating what was never trained": (
+        "train_all",
+        ["--dataset", "{data}", "--models", "{tmp}", "--calibrate-only"],
+        "train_all.py",
+    ),
+    "calibrating two networks of one": (
+        "train_all",
+        ["--dataset", "{data}", "--models", "{tmp}", "--calibrate-only", "--select", "training.batch_size=[4,8]"],
+        "--select settings of scoring",
+    ),
     "nothing trained": (
         "evaluate",
         ["--dataset", "{data}", "--models", "{tmp}", "--results", "{tmp}/r"],

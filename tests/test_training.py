@@ -143,11 +143,45 @@ class TestFailures:
 
 
 @pytest.mark.parametrize("folder", ["local"], indirect=True)
+class TestCalibratingAnew:
+    @pytest.fixture
+    def again(self, job: TrainingJob, variant: Callable[..., Config]) -> TrainingJob:
+        """The trained network of the job, to be calibrated for fewer false alarms."""
+        run(job)
+        version = model_info(job.models, "cloth").version
+        lenient = variant(training={"checkpoint_every": 6}, scoring={"false_alarm_rate": 0.2})
+        return dataclasses.replace(job, config=lenient, versions=(version,))
+
+    def test_the_network_stays_and_the_threshold_follows(self, job: TrainingJob, again: TrainingJob) -> None:
+        reported = run(again)
+        old, new = (model_info(job.models, "cloth", version) for version in (*again.versions, None))
+        assert new.version != old.version
+        assert (new.config.scoring.false_alarm_rate, new.provenance["network_of"]) == (0.2, old.version)
+        assert new.provenance["losses"] == old.provenance["losses"]
+        assert new.normal_scores == old.normal_scores
+        assert new.calibration["threshold"] < old.calibration["threshold"]
+        before, after = (load_scorer(info).denoiser.state_dict() for info in (old, new))
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert not [facts for facts in reported if facts.get("losses")]
+        assert up_to_date(job.models, "cloth", {again.settings_digest}, "0123")
+
+    def test_photographs_that_may_have_shaped_it_are_refused(self, again: TrainingJob) -> None:
+        write_photographs(again.dataset / "cloth/train/good", seed=5)
+        with pytest.raises(UserError, match="was trained on other photographs: train it anew"):
+            run(again)
+        assert model_info(again.models, "cloth").version == again.versions[0]
+
+
+@pytest.mark.parametrize("folder", ["local"], indirect=True)
 def test_one_network_of_two_categories_knows_which_is_which(job: TrainingJob) -> None:
     write_photographs(job.dataset / "wool/train/good", count=9, seed=6)
     joint = job.config.model_copy(update={"joint": True})
     both = dataclasses.replace(job, name="joint", categories=("cloth", "wool"), config=joint)
     run(both)
+    version = model_info(job.models, "wool").version
+    stricter = joint.model_copy(update={"scoring": joint.scoring.model_copy(update={"false_alarm_rate": 0.001})})
+    run(dataclasses.replace(both, config=stricter, versions=(version, version)))
+    assert model_info(job.models, "wool").version != version
     infos = {name: model_info(job.models, name) for name in both.categories}
     assert {info.classes for info in infos.values()} == {("cloth", "wool")}
     assert [info.provenance["training_images"] for info in infos.values()] == [8, 5]

@@ -168,6 +168,9 @@ def test_versions_are_listed_pinned_and_trained_only_where_missing(
     assert "*!" in lines["brick"] and "demo" in lines["brick"]
     status, output, errors = start("train_all", "--models", copy, "--promote", "brick=yesterday")
     assert (status, "no version yesterday" in errors) == (2, True)
+    command = [each for each in again if each != "--only-missing"]
+    status, output, errors = start(*command, "training.seed=1", "--calibrate-only")
+    assert (status, "other settings of training" in errors) == (2, True)
     # With a setting that differs, both are missing again.
     output = succeeded(job(*again, "training.seed=1", "--dry-run"))
     assert "2 categories of" in output
