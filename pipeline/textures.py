@@ -31,6 +31,7 @@ STRONG_OF_CONTRAST = 0.7  # ... and on a rough texture a mean change of this par
 STRONG_AT_MOST = 30.0  # grey levels; a still rougher texture asks for no more
 MIN_STRONG_FRACTION = 0.0008  # of the image's pixels (13 at 128 x 128), but never fewer than ...
 MIN_STRONG_PIXELS = 10
+SMALLEST_PART = 0.2  # of the image's shorter side, where defects are of every size
 SHOWN_PART = 0.6  # of the defect's shape: less is a ragged remainder, not the defect that was meant
 SHIFT_FROM_TRY, OPPOSE_FROM_TRY, MAX_TRIES = 8, 12, 16
 SHIFT_STEP = 15.0  # grey levels
@@ -83,6 +84,21 @@ def implant(
         if whole and seen and change[mask].mean() >= strong:
             return np.where(mask[..., None], painted, image).astype(np.uint8), mask
     raise AssertionError(f"{kind} stayed invisible in {MAX_TRIES} tries on {image_hwc_u8.shape}")
+
+
+def implant_in_part(
+    image_hwc_u8: NDArray[np.uint8], kind: str, rng: np.random.Generator
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """As `implant`, but into a random square of the image that is a fifth to all of its shorter side, each size as likely as
+    twice that size: defects are of every size, where `implant` makes those that are easily seen in the whole image."""
+    height, width, _ = image_hwc_u8.shape
+    whole = min(height, width)
+    side = max(MIN_SIDE, round(whole * float(np.exp(rng.uniform(np.log(SMALLEST_PART), 0)))))
+    top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
+    part = np.s_[top : top + side, left : left + side]
+    image, mask = image_hwc_u8.copy(), np.zeros((height, width), bool)
+    image[part], mask[part] = implant(np.ascontiguousarray(image_hwc_u8[part]), kind, rng)
+    return image, mask
 
 
 def write_dataset(

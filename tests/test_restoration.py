@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.benchmarks.restore import measure_restore, quality
-from pipeline.choice import DEFECTS_PER_IMAGE
+from pipeline.benchmarks.restore import DEFECTS_PER_IMAGE, measure_restore, quality
 from pipeline.errors import UserError
 from pipeline.presets import PRESETS
 from pipeline.restoration import Restorer

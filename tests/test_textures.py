@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from pipeline.errors import UserError
 from pipeline.storage import Location
-from pipeline.textures import DEFECTS, TEXTURES, implant, photograph, strips, write_dataset
+from pipeline.textures import DEFECTS, TEXTURES, implant, implant_in_part, photograph, strips, write_dataset
 
 
 def read(path: Path) -> np.ndarray:
@@ -37,6 +37,22 @@ def awkward_images() -> dict[str, np.ndarray]:
         "black and white": half,
         "colour noise": rng.integers(0, 256, (64, 64, 3), dtype=np.uint8),
     }
+
+
+def test_defects_of_every_size_are_implanted_anywhere() -> None:
+    image, rng = photograph("brick")[:256, :320], np.random.default_rng(2)
+    masks = []
+    for _ in range(60):
+        defective, mask = implant_in_part(image, "spot", rng)
+        assert mask.any()
+        assert np.array_equal(defective[~mask], image[~mask])
+        masks.append(mask)
+    areas = np.array([mask.sum() for mask in masks])
+    whole = np.array([implant(image, "spot", rng)[1].sum() for _ in range(60)])
+    assert np.quantile(areas, 0.1) < whole.min() / 4
+    assert areas.max() > np.median(whole) / 2
+    found = np.any(masks, axis=0)
+    assert all(part.any() for half in np.split(found, 2, axis=0) for part in np.split(half, 2, axis=1))
 
 
 @pytest.mark.parametrize("kind", DEFECTS)
