@@ -1,4 +1,5 @@
-"""Memory of the processes that work through shards and networks: reused while one lasts, given back to the system after it."""
+"""Memory of the processes that work through shards and networks: those that compute reuse what they freed, the others, and
+training between two networks, give it back to the system."""
 
 from __future__ import annotations
 

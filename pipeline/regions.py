@@ -35,14 +35,11 @@ class Region:
 
 def find_regions(map_hw: np.ndarray, threshold: float) -> list[Region]:
     """Connected parts (8-connectivity) of one map above `threshold`, in pixels of the map, largest peak first."""
-    labels, count = ndimage.label(map_hw > threshold, structure=np.ones((3, 3)))
-    if count == 0:
-        return []
-    index = np.arange(1, count + 1)
-    areas = ndimage.sum_labels(np.ones_like(map_hw, dtype=np.float64), labels, index)
-    peaks = ndimage.maximum(map_hw, labels, index)
-    found = [
-        Region(xs.start, ys.start, xs.stop - xs.start, ys.stop - ys.start, int(area), float(peak))
-        for (ys, xs), area, peak in zip(ndimage.find_objects(labels), areas, peaks, strict=True)
-    ]
+    labels, _ = ndimage.label(map_hw > threshold, structure=np.ones((3, 3)))
+    found = []
+    for label, (ys, xs) in enumerate(ndimage.find_objects(labels), start=1):
+        inside = map_hw[ys, xs][labels[ys, xs] == label]
+        found.append(
+            Region(xs.start, ys.start, xs.stop - xs.start, ys.stop - ys.start, inside.size, float(inside.max()))
+        )
     return sorted(found, key=lambda region: -region.peak)

@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.export_names import safe_part
 from pipeline.heat_maps import heat_map, heat_scale
 from pipeline.images import ImageError, decode_mask, encode_png, resize_mask
-from pipeline.memory import give_back_free_memory, reuse_freed_memory, use_system_allocator
+from pipeline.memory import reuse_freed_memory, use_system_allocator
 from pipeline.restoration_methods import Method
 from pipeline.shard_reading import without_images
 from pipeline.storage import Location
@@ -122,8 +122,6 @@ class RestoringActor:
             (self.settings.done / f"{row['shard']}.json").write_json(record)
         except (UserError, *STORAGE_ERRORS) as error:
             return asdict(replace(outcome, error=" ".join(str(error).split())))
-        finally:
-            give_back_free_memory()
         return asdict(
             replace(
                 outcome,

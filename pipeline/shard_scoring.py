@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.archives import Failure, image_id
 from pipeline.batch_plan import BatchPlan, Workers
 from pipeline.errors import UserError
-from pipeline.memory import give_back_free_memory, reuse_freed_memory, use_system_allocator
+from pipeline.memory import reuse_freed_memory, use_system_allocator
 from pipeline.regions import find_regions
 from pipeline.results import FailureRow, ScoreRow, write_shard
 from pipeline.shard_reading import without_images
@@ -50,8 +50,6 @@ class ScoringActor:
             anomalous = self._score(row, failures)
         except (UserError, *STORAGE_ERRORS) as error:
             return asdict(replace(outcome, error=" ".join(str(error).split())))
-        finally:
-            give_back_free_memory()
         scored, read, codes = len(row["names"]), row["bytes"], Counter(failure.error for _, failure in failures)
         seconds = time.monotonic() - clock
         self.telemetry.shard(category, scored=scored, anomalous=anomalous, failed=codes, read=read, seconds=seconds)

@@ -47,9 +47,13 @@ def random_scorer(config: Config, device: torch.device) -> Scorer:
     scorer = Scorer(denoiser, extractor, device=device, label=0 if config.joint else None)
     normal = photographs(NORMAL_IMAGES, config.scoring.map_size)
     (candidate,) = measured(scorer, fit_measures(scorer, normal), normal, normal[:1])
-    scorer.calibration = replace(
+    calibration = replace(
         candidate.calibration, alpha=config.scoring.alpha or 0.0, top_pixels=config.scoring.top_pixels or TOP_PIXELS
     )
+    scorer.calibration = calibration
+    # Few pixels of other photographs lie above it, as in a good night: regions, too, take time to find.
+    others = scorer.score(photographs(NORMAL_IMAGES, config.scoring.map_size, seed=1)).maps
+    scorer.calibration = replace(calibration, pixel_threshold=float(others.max()))
     return scorer
 
 
