@@ -69,8 +69,8 @@ class Options:
     """A published guided-diffusion checkpoint (file or s3:// URI) that the networks start from, such as
     256x256_diffusion.pt for the preset paper."""
     calibrate_only: bool = False
-    """Train nothing: calibrate the networks of the models in use anew with these settings, on the photographs that they were
-    trained on; for another --false-alarm-rate, other settings of scoring, or a new release."""
+    """Train nothing: calibrate the networks of the models in use anew with the scoring settings of this command, on the
+    photographs that they were trained on; for another --false-alarm-rate, another way of scoring, or a new release."""
     workers_per_category: int = 1
     """Training workers that share one category's batch."""
     gpus_per_worker: float | None = None
@@ -163,10 +163,8 @@ def planned(options: Options) -> Plan:
     initial_weights = None if options.initial_weights is None else Location.parse(options.initial_weights)
     if initial_weights is not None:
         require_exists(initial_weights, "--initial-weights")
-    if options.calibrate_only and (initial_weights is not None or len(networks) > 1):
-        raise UserError(
-            "--calibrate-only trains no network: leave out --initial-weights, and --select settings of scoring"
-        )
+    if options.calibrate_only and len(networks) > 1:
+        raise UserError("--calibrate-only trains no networks: --select settings of scoring")
     layout = options.layout or detect_layout(dataset)
     chosen = tuple(dict.fromkeys(options.categories)) or tuple(categories(dataset, layout))
     if not options.dry_run:
@@ -178,14 +176,16 @@ def planned(options: Options) -> Plan:
     for group in [chosen] if joint else [(category,) for category in chosen]:
         try:
             records = {category: training_records(dataset, layout, category) for category in group}
+            calibrated = group if options.calibrate_only else ()
+            versions = tuple(
+                stored_network(models, category, networks[0].config, group, initial_weights) for category in calibrated
+            )
         except UserError as error:
             if joint or options.categories or len(chosen) == 1:
                 raise  # asked for by name, or all there is
             unusable[group[0]] = str(error)
             continue
         files = files_fingerprint([record for found in records.values() for record in found])
-        calibrated = group if options.calibrate_only else ()
-        versions = tuple(stored_network(models, category, networks[0].config) for category in calibrated)
         tried = [
             TrainingJob(
                 name=("joint" if joint else group[0]) + (f"~{number}" if len(networks) > 1 else ""),
@@ -213,16 +213,23 @@ def planned(options: Options) -> Plan:
     return Plan(dataset, layout, models, counts, skipped, unusable, tuple(networks), listed, tuple(jobs))
 
 
-def stored_network(models: Location, category: str, config: Config) -> str:
-    """The version of the category's model in use. Raises UserError where its network is not what the settings ask for."""
+def stored_network(
+    models: Location, category: str, config: Config, group: tuple[str, ...], initial_weights: Location | None
+) -> str:
+    """The version of the category's model in use. Raises UserError where its network is not what is asked for: other settings,
+    categories that share it, or start."""
     info = model_info(models, category)
     stored, asked = (each.model_dump(mode="json", exclude={"preset", "scoring"}) for each in (info.config, config))
-    for section, values in asked.items():
-        if stored[section] != values:
-            raise UserError(
-                f"{category} {info.version} was trained with other settings of {section} (preset {info.config.preset}): give "
-                "the same ones, or leave out --calibrate-only"
-            )
+    stored["scoring.map_size"], asked["scoring.map_size"] = info.config.scoring.map_size, config.scoring.map_size
+    stored["categories"], asked["categories"] = info.classes, group if config.joint else None
+    stored["initial_weights"] = info.provenance["initial_weights"]
+    asked["initial_weights"] = initial_weights and initial_weights.uri
+    differing = [name for name, value in asked.items() if stored[name] != value]
+    if differing:
+        raise UserError(
+            f"{category} {info.version} was trained with other {', '.join(differing)} (preset {info.config.preset}): give the "
+            "same, or leave out --calibrate-only to train"
+        )
     return info.version
 
 
@@ -253,16 +260,16 @@ def conclude(category: str, plan: Plan, outcome: Sequence[Progress]) -> bool:
     name = best(found)
     (job,) = [job for job in plan.jobs if job.name == name]
     version = found[name]["version"]
-    pinned = found[name]["pinned"] if job.publish else publish(job.models, category, version)
+    kept_back = found[name]["kept_back"] if job.publish else publish(job.models, category, version)
     config = model_info(job.models, category, version).config.model_dump(mode="json")
     settings = {}
     for item in plan.listed:
         setting = item.partition("=")[0].strip()
         settings[setting] = reduce(getitem, setting.split("."), config)
     console.print(model_line(category, found[name], settings), markup=False)
-    if pinned:
+    if kept_back:
         console.print(
-            f"{category}: another version is pinned and stays in use; --promote {category}={version} changes that"
+            f"{category}: another version, pinned or chosen meanwhile, stays in use; --promote {category}={version} changes that"
         )
     return True
 

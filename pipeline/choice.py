@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from pipeline.config import ScoringConfig
 from pipeline.defects import STRUCTURE
 from pipeline.metrics import LocalizationMetrics, auroc, score_counts
 from pipeline.scoring import BranchMaps, Calibration, Scorer, stored_map, top_means
-from pipeline.textures import DEFECTS, implant_in_part
+from pipeline.textures import DEFECTS, implant
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 """Weights of the pixel branch that are tried where a model chooses its own; the first of equals wins."""
@@ -23,10 +22,8 @@ FEWEST_OF_FAMILY = 8
 """Images with defects of a family that it takes to weigh as much as the other; below, all defects count together."""
 DEFECTS_PER_IMAGE = 4
 """Implanted versions of every held-out image that choices are made on."""
-
-
-Paint = Callable[[np.ndarray, str, np.random.Generator], tuple[np.ndarray, np.ndarray]]
-"""paint(image, kind, rng): the image with one defect of the kind, and the defect's mask."""
+SMALLEST_DEFECT = 0.2
+"""Least size of their defects; the logarithm of the size is uniform from there to 1. Who sees only large ones looks for them."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +84,17 @@ def judged_images(held_out_nhwc: np.ndarray, seed: int) -> Judged:
 
 
 def implanted(
-    normal_nhwc: np.ndarray, seed: int, *, paint: Paint = implant_in_part, turns: int = DEFECTS_PER_IMAGE
+    normal_nhwc: np.ndarray, seed: int, *, versions: int = DEFECTS_PER_IMAGE, smallest: float = SMALLEST_DEFECT
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """So many versions of every photograph with one defect each, uint8 (m, H, W, 3), their masks, bool (m, H, W), and whether
-    the defect is of structure, bool (m,)."""
+    the defect is of structure, bool (m,). smallest: the defects' least size (see `implant`); 1 makes them all easily seen."""
     rng = np.random.default_rng(seed)
-    kinds = [DEFECTS[(i + turn) % len(DEFECTS)] for turn in range(turns) for i in range(len(normal_nhwc))]
-    pairs = [paint(normal_nhwc[n % len(normal_nhwc)], kind, rng) for n, kind in enumerate(kinds)]
+    kinds = [DEFECTS[(i + turn) % len(DEFECTS)] for turn in range(versions) for i in range(len(normal_nhwc))]
+    sizes = smallest ** np.random.default_rng((seed, 1)).uniform(size=len(kinds))
+    pairs = [
+        implant(normal_nhwc[n % len(normal_nhwc)], kind, rng, size=size)
+        for n, (kind, size) in enumerate(zip(kinds, sizes, strict=True))
+    ]
     structural = np.array([kind in STRUCTURE for kind in kinds])
     return np.stack([image for image, _ in pairs]), np.stack([mask for _, mask in pairs]), structural
 

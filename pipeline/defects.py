@@ -1,9 +1,9 @@
 """Painters of synthetic defects: what a defect shows, and how opaque it is at every pixel.
 
 A painter takes the image (H, W, 3) and a foreign texture of the same shape, both float64 in grey levels
-0..255, a generator, and a scale >= 1 that asks for a larger or stronger defect. It returns the content
-(H, W, 3) in grey levels, not yet clipped, and its opacity (H, W) in 0..1. Sizes are relative to the image's
-shorter side.
+0..255, a generator, a scale >= 1 that asks for a larger or stronger defect, and a size in 0..1 that makes it
+smaller, no weaker. It returns the content (H, W, 3) in grey levels, not yet clipped, and its opacity (H, W) in
+0..1. Lengths are relative to the image's shorter side times the size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 Array = NDArray[np.float64]
-Painter = Callable[[Array, Array, np.random.Generator, float], tuple[Array, Array]]
+Painter = Callable[[Array, Array, np.random.Generator, float, float], tuple[Array, Array]]
 
 
 def contrast(image: Array) -> float:
@@ -68,9 +68,9 @@ def _blob(height: int, width: int, radius: float, feather: float, rng: np.random
     return np.clip((edge - distance) / feather + 0.5, 0, 1)
 
 
-def _scratch(image: Array, foreign: Array, rng: np.random.Generator, scale: float) -> tuple[Array, Array]:
+def _scratch(image: Array, foreign: Array, rng: np.random.Generator, scale: float, size: float) -> tuple[Array, Array]:
     height, width, _ = image.shape
-    side = min(height, width)
+    side = size * min(height, width)
     length, joints = rng.uniform(0.2, 0.6) * side, 24
     bend = rng.uniform(-1.2, 1.2) / joints + rng.normal(0, 0.025, joints)
     heading = rng.uniform(0, 2 * np.pi) + np.cumsum(bend)
@@ -93,9 +93,9 @@ def _scratch(image: Array, foreign: Array, rng: np.random.Generator, scale: floa
     return level + 0.2 * (image - image.mean(axis=(0, 1))), opacity * rng.uniform(0.75, 1.0)
 
 
-def _spot(image: Array, foreign: Array, rng: np.random.Generator, scale: float) -> tuple[Array, Array]:
+def _spot(image: Array, foreign: Array, rng: np.random.Generator, scale: float, size: float) -> tuple[Array, Array]:
     height, width, _ = image.shape
-    side = min(height, width)
+    side = size * min(height, width)
     radius = max(2.0, rng.uniform(0.025, 0.065) * side) * scale
     cy, cx = rng.uniform(radius, height - radius), rng.uniform(radius, width - radius)
     turn, aspect = rng.uniform(0, np.pi), rng.uniform(1, 1.3)
@@ -107,9 +107,9 @@ def _spot(image: Array, foreign: Array, rng: np.random.Generator, scale: float) 
     return level + 0.2 * (image - image.mean(axis=(0, 1))), opacity * rng.uniform(0.75, 1.0)
 
 
-def _stain(image: Array, foreign: Array, rng: np.random.Generator, scale: float) -> tuple[Array, Array]:
+def _stain(image: Array, foreign: Array, rng: np.random.Generator, scale: float, size: float) -> tuple[Array, Array]:
     height, width, _ = image.shape
-    side = min(height, width)
+    side = size * min(height, width)
     opacity = _blob(height, width, rng.uniform(0.12, 0.25) * side, rng.uniform(0.04, 0.1) * side, rng)
     weights = opacity + 1e-9
     mean = (image * weights[..., None]).sum(axis=(0, 1)) / weights.sum()
@@ -120,9 +120,11 @@ def _stain(image: Array, foreign: Array, rng: np.random.Generator, scale: float)
     return content, opacity
 
 
-def _missing_texture(image: Array, foreign: Array, rng: np.random.Generator, scale: float) -> tuple[Array, Array]:
+def _missing_texture(
+    image: Array, foreign: Array, rng: np.random.Generator, scale: float, size: float
+) -> tuple[Array, Array]:
     height, width, _ = image.shape
-    side = min(height, width)
+    side = size * min(height, width)
     radius = max(4.0, rng.uniform(0.08, 0.2) * side) * scale
     opacity = _blob(height, width, radius, max(1.5, 0.02 * side), rng)
     if rng.uniform() < 0.5:
@@ -135,33 +137,39 @@ def _missing_texture(image: Array, foreign: Array, rng: np.random.Generator, sca
     return content + camera_noise, opacity
 
 
-def _foreign_patch(image: Array, foreign: Array, rng: np.random.Generator, scale: float) -> tuple[Array, Array]:
+def _foreign_patch(
+    image: Array, foreign: Array, rng: np.random.Generator, scale: float, size: float
+) -> tuple[Array, Array]:
     height, width, _ = image.shape
-    side = min(height, width)
+    side = size * min(height, width)
     radius = max(4.0, rng.uniform(0.08, 0.18) * side) * scale
     return foreign, _blob(height, width, radius, max(1.5, rng.uniform(0.01, 0.03) * side), rng)
 
 
-def _perlin_blend(image: Array, foreign: Array, rng: np.random.Generator, scale: float) -> tuple[Array, Array]:
+def _perlin_blend(
+    image: Array, foreign: Array, rng: np.random.Generator, scale: float, size: float
+) -> tuple[Array, Array]:
     """DRAEM's anomaly (Zavrtanik et al., ICCV 2021): thresholded Perlin noise shows a foreign texture.
 
-    The threshold is the noise's own quantile, which bounds the defect's area: 3-12 % of the image at scale 1.
+    The threshold is the noise's own quantile, which bounds the defect's area: 3-12 % of the image at scale and size 1.
     """
     height, width, _ = image.shape
-    cells = (int(rng.integers(2, 6)), int(rng.integers(2, 6)))
-    noise = _perlin(height, width, cells, rng)
-    threshold = np.quantile(noise, 1 - min(0.3, rng.uniform(0.03, 0.12) * scale))
+    rows, columns = (min(length // 2, round(int(rng.integers(2, 6)) / size)) for length in (height, width))
+    noise = _perlin(height, width, (rows, columns), rng)
+    threshold = np.quantile(noise, 1 - min(0.3, rng.uniform(0.03, 0.12) * scale * size**2))
     opacity = ndimage.gaussian_filter((noise > threshold).astype(np.float64), 0.5, truncate=2.0)
     return foreign, opacity * min(1.0, rng.uniform(0.2, 0.8) * scale)
 
 
-def _moved_piece(image: Array, foreign: Array, rng: np.random.Generator, scale: float) -> tuple[Array, Array]:
+def _moved_piece(
+    image: Array, foreign: Array, rng: np.random.Generator, scale: float, size: float
+) -> tuple[Array, Array]:
     """CutPaste's anomaly (Li et al., CVPR 2021): a piece of the photograph itself, turned and laid elsewhere.
 
     Nothing in it is foreign, only its place: what finds it must know what belongs where.
     """
     height, width, _ = image.shape
-    side = min(height, width)
+    side = size * min(height, width)
     radius = min(max(4.0, rng.uniform(0.06, 0.25) * side) * scale, 0.3 * side)
     opacity = _blob(height, width, radius, 1.5, rng)
     centre = np.array(ndimage.center_of_mass(opacity + 1e-9))
@@ -173,10 +181,10 @@ def _moved_piece(image: Array, foreign: Array, rng: np.random.Generator, scale: 
     return _sampled(image, rows, columns), opacity
 
 
-def _bent(image: Array, foreign: Array, rng: np.random.Generator, scale: float) -> tuple[Array, Array]:
+def _bent(image: Array, foreign: Array, rng: np.random.Generator, scale: float, size: float) -> tuple[Array, Array]:
     """A part pushed sideways by up to 3-9 % of the side, its surroundings stretched; opaque where that shows."""
     height, width, _ = image.shape
-    side = min(height, width)
+    side = size * min(height, width)
     reach = rng.uniform(0.08, 0.2) * side * scale
     centre = rng.uniform(0.1, 0.9, 2) * [height, width]
     rows, columns = np.indices((height, width)).astype(np.float64)

@@ -50,10 +50,15 @@ def trained_categories(models: Location) -> list[str]:
     return [folder.name for folder in models.folders() if not folder.name.startswith("_") and folder.folders()]
 
 
-def publish(models: Location, category: str, version: str) -> bool:
-    """Put a newly trained version in use, unless people pinned another; returns whether they did."""
-    used = _use(models, category, lambda pointer: None if pointer.get("pinned") else {"version": version})
-    return used["version"] != version
+def publish(models: Location, category: str, version: str, *, instead_of: str | None = None) -> bool:
+    """Put a newly trained version in use, unless people pinned another, or `instead_of` is given and no longer the one in
+    use; returns whether it was kept back."""
+
+    def change(pointer: dict[str, object]) -> dict[str, object] | None:
+        superseded = instead_of is not None and pointer.get("version") != instead_of
+        return None if pointer.get("pinned") or superseded else {"version": version}
+
+    return _use(models, category, change)["version"] != version
 
 
 def promote(models: Location, category: str, version: str) -> None:

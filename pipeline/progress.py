@@ -107,7 +107,12 @@ def versions_table(found: Sequence[StoredVersion]) -> Table:
             continue
         known = info.provenance
         interval = [100 * info.calibration[name] for name in ("false_alarms_low", "false_alarms_high")]
-        remark = "recalibrated" if "recalibrated" in known else "joint" if info.classes else ""
+        marks = {
+            "recalibrated": "recalibrated" in known,
+            "calibrated anew": "network_of" in known,
+            "joint": info.classes,
+        }
+        remark = ", ".join(mark for mark, true in marks.items() if true)
         table.add_row(
             Text(stored.category),
             mark,

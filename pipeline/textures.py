@@ -31,7 +31,6 @@ STRONG_OF_CONTRAST = 0.7  # ... and on a rough texture a mean change of this par
 STRONG_AT_MOST = 30.0  # grey levels; a still rougher texture asks for no more
 MIN_STRONG_FRACTION = 0.0008  # of the image's pixels (13 at 128 x 128), but never fewer than ...
 MIN_STRONG_PIXELS = 10
-SMALLEST_PART = 0.2  # of the image's shorter side, where defects are of every size
 SHOWN_PART = 0.6  # of the defect's shape: less is a ragged remainder, not the defect that was meant
 SHIFT_FROM_TRY, OPPOSE_FROM_TRY, MAX_TRIES = 8, 12, 16
 SHIFT_STEP = 15.0  # grey levels
@@ -44,14 +43,16 @@ def implant(
     *,
     foreign_hwc_u8: NDArray[np.uint8] | None = None,
     scale: float = 1.0,
+    size: float = 1.0,
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """A copy of the image with one defect of this kind (see DEFECTS), and the (H, W) mask of the defect.
 
     image_hwc_u8: (H, W, 3) uint8, H and W at least 32. foreign_hwc_u8: (h, w, 3) uint8 of any size, what
     `foreign_patch` and `perlin_blend` paste; by default one of the bundled photographs. Outside the mask the
     result equals the image bit for bit. The mask is never empty, and solid: pixels inside a defect that
-    happen to keep their value belong to it. A scale above 1 asks for a larger and stronger defect. A grey
-    image stays grey. Same image, kind, scale and rng state: same result. Raises ValueError for an unknown kind
+    happen to keep their value belong to it. A scale above 1 asks for a larger and stronger defect, a size below 1 for
+    a smaller one, no weaker, as it would be in an image of so much of this one's side (32 px or more). A grey
+    image stays grey. Same image, kind, scale, size and rng state: same result. Raises ValueError for an unknown kind
     or another shape or dtype.
     """
     if kind not in DEFECTS:
@@ -64,11 +65,12 @@ def implant(
 
     image = image_hwc_u8.astype(np.float64)
     foreign = _foreign_like(image, foreign_hwc_u8, rng)
-    enough = max(MIN_STRONG_PIXELS, MIN_STRONG_FRACTION * height * width)
+    size = min(1.0, max(size, MIN_SIDE / min(height, width)))
+    enough = max(MIN_STRONG_PIXELS, MIN_STRONG_FRACTION * height * width * size**2)
     strong = min(max(STRONG, STRONG_OF_CONTRAST * contrast(image)), STRONG_AT_MOST)
     away = np.where(image.mean() < 128, 1.0, -1.0)
     for attempt in range(MAX_TRIES):
-        content, opacity = PAINTERS[kind](image, foreign, rng, scale + 0.1 * attempt)
+        content, opacity = PAINTERS[kind](image, foreign, rng, scale + 0.1 * attempt, size)
         # Where chance gives nothing to see (a foreign texture like the image's own, no texture that could be
         # missing), the next tries are larger and stronger, the late ones of another brightness, and the last
         # of the opposite brightness pixel by pixel: less plausible, but sure to show.
@@ -78,27 +80,12 @@ def implant(
         content = np.clip(np.clip(content, 0, 255) + shift, 0, 255)
         painted = np.rint(image + opacity[..., None] * (content - image))
         change = np.abs(painted - image).max(axis=2)
-        mask = _solid(change >= VISIBLE, opacity > 0)
+        mask = _solid(change >= VISIBLE, opacity > 0, size * min(height, width))
         whole = np.count_nonzero(mask) >= SHOWN_PART * np.count_nonzero(opacity > opacity.max() / 2)
         seen = np.count_nonzero(mask & (change >= STRONG)) >= enough
         if whole and seen and change[mask].mean() >= strong:
             return np.where(mask[..., None], painted, image).astype(np.uint8), mask
     raise AssertionError(f"{kind} stayed invisible in {MAX_TRIES} tries on {image_hwc_u8.shape}")
-
-
-def implant_in_part(
-    image_hwc_u8: NDArray[np.uint8], kind: str, rng: np.random.Generator
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """As `implant`, but into a random square of the image that is a fifth to all of its shorter side, each size as likely as
-    twice that size: defects are of every size, where `implant` makes those that are easily seen in the whole image."""
-    height, width, _ = image_hwc_u8.shape
-    whole = min(height, width)
-    side = max(MIN_SIDE, round(whole * float(np.exp(rng.uniform(np.log(SMALLEST_PART), 0)))))
-    top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
-    part = np.s_[top : top + side, left : left + side]
-    image, mask = image_hwc_u8.copy(), np.zeros((height, width), bool)
-    image[part], mask[part] = implant(np.ascontiguousarray(image_hwc_u8[part]), kind, rng)
-    return image, mask
 
 
 def write_dataset(
@@ -191,9 +178,8 @@ def _foreign_like(image: Array, foreign_u8: NDArray[np.uint8] | None, rng: np.ra
     return crop
 
 
-def _solid(changed: NDArray[np.bool_], shape: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The changed pixels with the gaps that chance left inside the shape closed, and without specks."""
-    side = min(changed.shape)
+def _solid(changed: NDArray[np.bool_], shape: NDArray[np.bool_], side: float) -> NDArray[np.bool_]:
+    """The changed pixels with the gaps that chance left inside the shape closed, and without specks: small ones for a side."""
     reach = max(1, round(side / 64))
     padded = np.pad(changed, reach)  # closing at the border would otherwise eat the border's pixels
     closed = ndimage.binary_closing(padded, iterations=reach)[reach:-reach, reach:-reach]

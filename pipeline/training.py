@@ -49,10 +49,12 @@ def train(
     started = time.monotonic()
     rank = rank or Rank()
     leader = rank.index == 0
+    if job.versions and not leader:
+        return {}
     records = {category: training_records(job.dataset, job.layout, category) for category in job.categories}
     images = load_training_images(records, job.config.training, job.config.scoring.map_size, load)
     if job.versions:
-        return calibrate_anew(job, images, report, started, device) if leader else {}
+        return calibrate_anew(job, images, report, started, device)
     fit = Fit(
         job.config,
         images.training,
@@ -109,17 +111,22 @@ def calibrate_anew(
     Raises UserError where they were trained on other photographs: what is held out now may have shaped them.
     """
     iterations, now, found = job.config.training.iterations, datetime.now(UTC), {}
-    report({"state": "calibrating", "first_step": iterations, "step": iterations})
+    report({"state": "calibrating"})
     for category, version in zip(job.categories, job.versions, strict=True):
         info = model_info(job.models, category, version)
-        if info.provenance["data_fingerprint"] != images.fingerprint:
-            raise UserError(f"{category} {version} was trained on other photographs: train it anew")
+        known = info.provenance
+        if known["data_fingerprint"] != images.fingerprint:
+            raise UserError(
+                f"{category} {version} was trained on other photographs, or they are decoded otherwise now: train"
+            )
         scorer = load_scorer(info, device=device)
         scorer.configure(job.config)
-        kept = {name: info.provenance[name] for name in ("resumed_at_step", "losses", "initial_weights")}
-        found[category] = store(job, category, scorer, images, kept | {"network_of": version}, started, now)
+        history = {name: known[name] for name in ("resumed_at_step", "losses", "initial_weights")}
+        trained = {"version": version} | {name: known[name] for name in ("created", "revision", "packages", "seconds")}
+        history["network_of"] = known.get("network_of", trained)
+        found[category] = store(job, category, scorer, images, history, started, now)
     put_in_use(job, found)
-    report({"seconds": time.monotonic() - started})
+    report({"seconds": time.monotonic() - started, "first_step": iterations, "step": iterations})
     return found
 
 
@@ -183,10 +190,14 @@ def store(
 
 
 def put_in_use(job: TrainingJob, found: dict[str, dict[str, Any]]) -> None:
-    """Publish the versions that were found, by category, if the job asks for it; notes which are kept back by a pin."""
-    if job.publish:
-        for category, outcome in found.items():
-            outcome["pinned"] = publish(job.models, category, outcome["version"])
+    """Publish the versions that were found, by category, if the job asks for it; notes which are kept back.
+
+    A network calibrated anew takes the place of its own version alone: people may have chosen another one meanwhile.
+    """
+    replaced = dict(zip(job.categories, job.versions, strict=bool(job.versions)))
+    for category, outcome in found.items() if job.publish else ():
+        version = outcome["version"]
+        outcome["kept_back"] = publish(job.models, category, version, instead_of=replaced.get(category))
 
 
 def _outcome(scorer: Scorer, version: str, held_out: int) -> dict[str, Any]:

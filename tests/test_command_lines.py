@@ -116,7 +116,7 @@ MISTAKES = {
     ),
     "calibrating what was never trained": (
         "train_all",
-        ["--dataset", "{data}", "--models", "{tmp}", "--calibrate-only"],
+        ["--dataset", "{data}", "--models", "{tmp}", "--categories", "brick", "--calibrate-only"],
         "train_all.py",
     ),
     "calibrating two networks of one": (

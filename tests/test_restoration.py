@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.benchmarks.restore import DEFECTS_PER_IMAGE, measure_restore, quality
+from pipeline.benchmarks.restore import VERSIONS, measure_restore, quality
 from pipeline.errors import UserError
 from pipeline.presets import PRESETS
 from pipeline.restoration import Restorer
@@ -103,7 +103,7 @@ def test_normal_photographs_cost_no_evaluation(sensitive: Scorer, defective: np.
 def test_restoration_is_measured_against_the_clean_originals(scorer: Scorer, fresh: np.ndarray) -> None:
     measured = measure_restore(scorer, fresh[:2], seed=1)
     figures = measured.figures
-    assert measured.sizes["images"] == 2 * DEFECTS_PER_IMAGE
+    assert measured.sizes["images"] == 2 * VERSIONS
     assert figures["untouched_outside_psnr_db"] > 60 > figures["blur_outside_psnr_db"]
     assert figures["untouched_outside_ssim"] > figures["blur_outside_ssim"]
     assert figures["partial_diffusion_unet_evaluations_per_image"] == 10

@@ -156,7 +156,7 @@ class TestCalibratingAnew:
         reported = run(again)
         old, new = (model_info(job.models, "cloth", version) for version in (*again.versions, None))
         assert new.version != old.version
-        assert (new.config.scoring.false_alarm_rate, new.provenance["network_of"]) == (0.2, old.version)
+        assert (new.config.scoring.false_alarm_rate, new.provenance["network_of"]["version"]) == (0.2, old.version)
         assert new.provenance["losses"] == old.provenance["losses"]
         assert new.normal_scores == old.normal_scores
         assert new.calibration["threshold"] < old.calibration["threshold"]
@@ -165,9 +165,17 @@ class TestCalibratingAnew:
         assert not [facts for facts in reported if facts.get("losses")]
         assert up_to_date(job.models, "cloth", {again.settings_digest}, "0123")
 
+    def test_what_people_chose_meanwhile_stays_in_use(self, again: TrainingJob) -> None:
+        run(again)
+        chosen = model_info(again.models, "cloth").version
+        stricter = again.config.model_copy(update={"scoring": again.config.scoring.model_copy(update={"alpha": 0.5})})
+        run(dataclasses.replace(again, config=stricter))
+        assert model_info(again.models, "cloth").version == chosen != again.versions[0]
+        assert len((again.models / "cloth").folders()) == 3
+
     def test_photographs_that_may_have_shaped_it_are_refused(self, again: TrainingJob) -> None:
         write_photographs(again.dataset / "cloth/train/good", seed=5)
-        with pytest.raises(UserError, match="was trained on other photographs: train it anew"):
+        with pytest.raises(UserError, match="was trained on other photographs"):
             run(again)
         assert model_info(again.models, "cloth").version == again.versions[0]
 

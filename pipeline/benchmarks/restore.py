@@ -18,7 +18,6 @@ from pipeline.restoration import Restorer, photographs
 from pipeline.restoration_methods import Conditioned, GradientDenoising, Method
 from pipeline.scoring import Scorer
 from pipeline.smoothing import gaussian_blur
-from pipeline.textures import implant
 
 BLUR_SIGMA = 4.0
 """Pixels of 256: the simplest of restorations, a blur of the whole photograph."""
@@ -30,13 +29,13 @@ METHODS: Mapping[str, Method] = {
     "partial_diffusion": Conditioned(weight=0.0, guidance=0.0, spare_defects=False, within_regions=False),
 }
 """Ours, and what it is compared with."""
-DEFECTS_PER_IMAGE = 3
+VERSIONS = 3
 
 
 def measure_restore(scorer: Scorer, held_out_nhwc: np.ndarray, seed: int) -> Measured:
     """Restore held-out photographs, uint8 (n, side, side, 3), with defects and as they are."""
-    defective, masks, _ = implanted(held_out_nhwc, seed, paint=implant, turns=DEFECTS_PER_IMAGE)
-    clean = np.tile(held_out_nhwc, (DEFECTS_PER_IMAGE, 1, 1, 1))
+    defective, masks, _ = implanted(held_out_nhwc, seed, versions=VERSIONS, smallest=1.0)
+    clean = np.tile(held_out_nhwc, (VERSIONS, 1, 1, 1))
     side = clean.shape[1]
     restorers = {name: Restorer(scorer, method) for name, method in METHODS.items()}
     ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {
