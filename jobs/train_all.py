@@ -222,7 +222,7 @@ def stored_network(
     stored, asked = (each.model_dump(mode="json", exclude={"preset", "scoring"}) for each in (info.config, config))
     stored["scoring.map_size"], asked["scoring.map_size"] = info.config.scoring.map_size, config.scoring.map_size
     stored["categories"], asked["categories"] = info.classes, group if config.joint else None
-    stored["initial_weights"] = info.provenance["initial_weights"]
+    stored["initial_weights"] = info.provenance.get("initial_weights")
     asked["initial_weights"] = initial_weights and initial_weights.uri
     differing = [name for name, value in asked.items() if stored[name] != value]
     if differing:

@@ -117,12 +117,14 @@ def calibrate_anew(
         known = info.provenance
         if known["data_fingerprint"] != images.fingerprint:
             raise UserError(
-                f"{category} {version} was trained on other photographs, or they are decoded otherwise now: train"
+                f"{category} {version} was trained on other photographs, or they are decoded otherwise now: train it again"
             )
         scorer = load_scorer(info, device=device)
         scorer.configure(job.config)
-        history = {name: known[name] for name in ("resumed_at_step", "losses", "initial_weights")}
-        trained = {"version": version} | {name: known[name] for name in ("created", "revision", "packages", "seconds")}
+        history = {name: known.get(name) for name in ("resumed_at_step", "losses", "initial_weights")}
+        trained = {"version": version} | {
+            name: known.get(name) for name in ("created", "revision", "packages", "seconds")
+        }
         history["network_of"] = known.get("network_of", trained)
         found[category] = store(job, category, scorer, images, history, started, now)
     put_in_use(job, found)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline.diffusion.group_norm import GroupNorm
 from pipeline.diffusion.unet import UNet, timestep_embedding
 from pipeline.presets import PRESETS
 
@@ -391,3 +392,23 @@ def test_timestep_embedding_starts_with_cosines_from_frequency_1_to_1e_4():
     assert found[1, 0].item() == pytest.approx(math.cos(3))
     assert found[1, 16].item() == pytest.approx(math.sin(3))
     assert found[1, 31].item() == pytest.approx(math.sin(3 * 1e-4 ** (15 / 16)), rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("shape", [(2, 64, 8, 12), (2, 64, 40, 36), (2, 1024, 6, 5)])
+def test_group_norm_is_pytorchs_in_whatever_way_it_is_computed(shape, layout):
+    torch.manual_seed(0)
+    ours, theirs = GroupNorm(32, shape[1]), torch.nn.GroupNorm(32, shape[1])
+    torch.nn.init.normal_(ours.weight)
+    theirs.load_state_dict(ours.state_dict())
+    x = (3 + torch.randn(shape)).contiguous(memory_format=layout)
+    with torch.no_grad():
+        found = ours(x)
+    torch.testing.assert_close(found, theirs(x), rtol=1e-4, atol=1e-4)
+    assert found.is_contiguous(memory_format=layout)
+    gradients = []
+    for norm in (ours, theirs):
+        x = x.detach().requires_grad_()
+        norm(x).square().mul(torch.linspace(0, 1, shape[-1])).sum().backward()
+        gradients.append(torch.cat([each.grad.flatten() for each in (x, norm.weight, norm.bias)]))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
