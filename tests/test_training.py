@@ -168,7 +168,7 @@ class TestCalibratingAnew:
     def test_what_people_chose_meanwhile_stays_in_use(self, again: TrainingJob) -> None:
         run(again)
         chosen = model_info(again.models, "cloth").version
-        stricter = again.config.model_copy(update={"scoring": again.config.scoring.model_copy(update={"alpha": 0.5})})
+        stricter = again.config.model_copy(update={"scoring": again.config.scoring.model_copy(update={"alpha": 0.25})})
         run(dataclasses.replace(again, config=stricter))
         assert model_info(again.models, "cloth").version == chosen != again.versions[0]
         assert len((again.models / "cloth").folders()) == 3
