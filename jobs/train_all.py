@@ -17,12 +17,20 @@ from typing import Annotated
 import tyro
 
 from pipeline.command import OK, PARTIAL_FAILURE, console, run
-from pipeline.config import Config
 from pipeline.datasets import Layout, categories, detect_layout, training_records
 from pipeline.errors import UserError
 from pipeline.fleet import train_fleet
 from pipeline.model_store import model_info
-from pipeline.model_versions import pin, promote, publish, stored_versions, trained_categories, unpin, up_to_date
+from pipeline.model_versions import (
+    networks_in_use,
+    pin,
+    promote,
+    publish,
+    stored_versions,
+    trained_categories,
+    unpin,
+    up_to_date,
+)
 from pipeline.presets import PresetName
 from pipeline.progress import model_line, show_training, versions_table
 from pipeline.ray_session import ray_session
@@ -176,10 +184,8 @@ def planned(options: Options) -> Plan:
     for group in [chosen] if joint else [(category,) for category in chosen]:
         try:
             records = {category: training_records(dataset, layout, category) for category in group}
-            calibrated = group if options.calibrate_only else ()
-            versions = tuple(
-                stored_network(models, category, networks[0].config, group, initial_weights) for category in calibrated
-            )
+            start = None if initial_weights is None else initial_weights.uri
+            versions = networks_in_use(models, group, networks[0].config, start) if options.calibrate_only else ()
         except UserError as error:
             if joint or options.categories or len(chosen) == 1:
                 raise  # asked for by name, or all there is
@@ -211,26 +217,6 @@ def planned(options: Options) -> Plan:
     jobs.sort(key=lambda job: -sum(counts[category] for category in job.categories))
     skipped = len(chosen) - len(counts) - len(unusable)
     return Plan(dataset, layout, models, counts, skipped, unusable, tuple(networks), listed, tuple(jobs))
-
-
-def stored_network(
-    models: Location, category: str, config: Config, group: tuple[str, ...], initial_weights: Location | None
-) -> str:
-    """The version of the category's model in use. Raises UserError where its network is not what is asked for: other settings,
-    categories that share it, or start."""
-    info = model_info(models, category)
-    stored, asked = (each.model_dump(mode="json", exclude={"preset", "scoring"}) for each in (info.config, config))
-    stored["scoring.map_size"], asked["scoring.map_size"] = info.config.scoring.map_size, config.scoring.map_size
-    stored["categories"], asked["categories"] = info.classes, group if config.joint else None
-    stored["initial_weights"] = info.provenance.get("initial_weights")
-    asked["initial_weights"] = initial_weights and initial_weights.uri
-    differing = [name for name, value in asked.items() if stored[name] != value]
-    if differing:
-        raise UserError(
-            f"{category} {info.version} was trained with other {', '.join(differing)} (preset {info.config.preset}): give the "
-            "same, or leave out --calibrate-only to train"
-        )
-    return info.version
 
 
 def show_plan(plan: Plan, slots: Slots, preset: PresetName) -> None:

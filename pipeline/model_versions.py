@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.model_store import ModelInfo, model_info
 from pipeline.storage import Location
@@ -81,6 +82,29 @@ def unpin(models: Location, category: str) -> str:
     """Let the next training put its model in use again; returns the version in use. UserError where none is."""
     model_info(models, category)
     return str(_use(models, category, lambda pointer: pointer | {"pinned": False})["version"])
+
+
+def networks_in_use(
+    models: Location, group: tuple[str, ...], config: Config, initial_weights: str | None
+) -> tuple[str, ...]:
+    """The versions in use of categories that share a network, or of one alone. Raises UserError where that is not what is
+    asked for: other settings than those of scoring, categories, or weights (URI) that it started from."""
+    versions = []
+    for category in group:
+        info = model_info(models, category)
+        stored, asked = (each.model_dump(mode="json", exclude={"preset", "scoring"}) for each in (info.config, config))
+        stored |= {"scoring.map_size": info.config.scoring.map_size, "categories": info.classes}
+        stored["initial_weights"] = info.provenance.get("initial_weights")
+        asked |= {"scoring.map_size": config.scoring.map_size, "categories": group if config.joint else None}
+        asked["initial_weights"] = initial_weights
+        differing = [name for name, value in asked.items() if stored[name] != value]
+        if differing:
+            raise UserError(
+                f"{category} {info.version} was trained with other {', '.join(differing)} (preset {info.config.preset}): "
+                "give the same, or leave out --calibrate-only to train"
+            )
+        versions.append(info.version)
+    return tuple(versions)
 
 
 def up_to_date(models: Location, category: str, settings_digests: set[str], files_fingerprint: str) -> bool:

@@ -55,15 +55,7 @@ def train(
     images = load_training_images(records, job.config.training, job.config.scoring.map_size, load)
     if job.versions:
         return calibrate_anew(job, images, report, started, device)
-    fit = Fit(
-        job.config,
-        images.training,
-        FeatureExtractor.of(job.config.features),
-        labels=images.labels if job.config.joint else None,
-        device=device,
-        rank=rank,
-        initial_weights=None if job.initial_weights is None else load_checkpoint(job.initial_weights),
-    )
+    fit = begun(job, images, rank, device)
     checkpoints = Checkpoints(job.run_folder, images.fingerprint)
     warning = checkpoints.resume(fit)
     resumed_at = fit.step
@@ -101,6 +93,19 @@ def train(
     checkpoints.remove()
     report({"seconds": time.monotonic() - started})
     return found
+
+
+def begun(job: TrainingJob, images: TrainingImages, rank: Rank, device: torch.device | str) -> Fit:
+    """The job's network before its first step."""
+    return Fit(
+        job.config,
+        images.training,
+        FeatureExtractor.of(job.config.features),
+        labels=images.labels if job.config.joint else None,
+        device=device,
+        rank=rank,
+        initial_weights=None if job.initial_weights is None else load_checkpoint(job.initial_weights),
+    )
 
 
 def calibrate_anew(

@@ -30,6 +30,7 @@ METHODS: Mapping[str, Method] = {
 }
 """Ours, and what it is compared with."""
 VERSIONS = 3
+"""Of every photograph, each with another kind of defect."""
 
 
 def measure_restore(scorer: Scorer, held_out_nhwc: np.ndarray, seed: int) -> Measured:
