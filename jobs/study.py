@@ -87,6 +87,7 @@ def study_category(
         "covariance": "none" if feature is None else "place" if feature.by_place else "general",
         "subtract_prediction": info.subtract_prediction,
         "context_weight": info.context_weight,
+        "reach": info.reach,
         "alpha": info.calibration["alpha"],
         "top_pixels": info.calibration["top_pixels"],
     }
@@ -139,7 +140,9 @@ def rank_correlation(pairs: list[tuple[float | None, float | None]]) -> str:
 def alpha_table(category: str, rows: list[dict[str, Any]]) -> Table:
     """The weights of the pixel branch under the measure that the model chose."""
     chosen = next(entry for entry in rows if entry["chosen"])
-    measure = {key: chosen[key] for key in ("covariance", "subtract_prediction", "context_weight", "top_pixels")}
+    measure = {
+        key: chosen[key] for key in ("covariance", "subtract_prediction", "context_weight", "reach", "top_pixels")
+    }
     table = Table(title=f"{category}: {measure}", title_justify="left", box=None, padding=(0, 1, 0, 0))
     for name in ("alpha", "implanted", "labelled"):
         table.add_column(name, justify="right")

@@ -35,6 +35,8 @@ class Choice:
     """none, general or place: what measured the features."""
     subtract_prediction: bool
     context_weight: float
+    reach: int
+    """Cells that a part may lie from its place."""
     alpha: float
     top_pixels: int
     pixel_auroc: float
@@ -130,6 +132,7 @@ def judge(scorer: Scorer, candidate: Candidate, judged: Judged) -> list[Choice]:
             covariance=covariance,
             subtract_prediction=measure.subtract_prediction,
             context_weight=measure.context_weight,
+            reach=measure.reach,
             alpha=alpha,
             top_pixels=top,
             pixel_auroc=_mean([figures["pixel_auroc"] for figures in found[alpha]]),

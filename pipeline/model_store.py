@@ -48,6 +48,8 @@ class ModelInfo:
     """Where it comes from: data, counts, losses, package versions, time."""
     normal_scores: tuple[float, ...] = ()
     """Scores of the held-out normal photographs, ascending; none in models of early releases."""
+    reach: int = 0
+    """Cells that a part may lie from its place; none in models of early releases."""
 
 
 def new_version(config: Config, now: datetime) -> str:
@@ -162,6 +164,7 @@ def model_info(models: Location, category: str, version: str | None = None) -> M
             classes=classes,
             provenance=text["provenance"],
             normal_scores=tuple(text.get("normal_scores", ())),
+            reach=text.get("reach", 0),
         )
     except (ValidationError, KeyError) as error:
         first = "; ".join(line.strip() for line in str(error).splitlines()[:3])

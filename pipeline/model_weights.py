@@ -57,6 +57,7 @@ def save_model(
             "calibration": {name: getattr(scorer.calibration, name) for name in _NUMBERS},
             "subtract_prediction": measure.subtract_prediction,
             "context_weight": measure.context_weight,
+            "reach": measure.reach,
             "classes": None if classes is None else list(classes),
             "provenance": provenance,
             "selection": list(selection),
@@ -80,7 +81,12 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
             branch: NormalGaussian(**{name: tensor.float() for name, tensor in part.items()}) if part else None
             for branch, part in parts.items()
         }
-        measure = Measure(subtract_prediction=info.subtract_prediction, context_weight=info.context_weight, **gaussians)
+        measure = Measure(
+            subtract_prediction=info.subtract_prediction,
+            context_weight=info.context_weight,
+            reach=info.reach,
+            **gaussians,
+        )
         known: dict[str, Any] = {**_under("calibration.", tensors), **info.calibration}
         calibration = Calibration(measure=measure, **known)
     except torch.OutOfMemoryError:

@@ -40,6 +40,7 @@ STUDIED_SCORING = ScoringConfig(
     pixel="gaussian",
     prediction="select",
     covariance="select",
+    place_reach=None,
     context_weight=None,
     map_sigma=2.0,
     top_pixels=None,

@@ -129,12 +129,14 @@ def versions_table(found: Sequence[StoredVersion]) -> Table:
 def model_line(category: str, found: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     """What a category's new model chose, how it does on implanted defects, and what its threshold promises."""
     prediction = "minus prediction " if found["subtract_prediction"] else ""
-    context = f" ({100 * found['context_weight']:g} % context)" if found["context_weight"] else ""
+    notes = [f"{100 * found['context_weight']:g} % context"] if found["context_weight"] else []
+    notes += [f"parts within {found['reach']} cell of it"] if found["reach"] else []
+    details = f" ({', '.join(notes)})" if notes else ""
     settings = "".join(f", {name}={value}" for name, value in chosen.items())
     figures = " / ".join(f"{100 * found[name]:.1f}" for name in ("pixel_auroc", "pro_0.30", "image_auroc"))
     return (
         f"{category}: weight of the pixel branch {found['alpha']:g}, features {prediction}by covariance "
-        f"{found['covariance']}{context}, image score of {found['top_pixels']} px{settings}; "
+        f"{found['covariance']}{details}, image score of {found['top_pixels']} px{settings}; "
         f"implanted defects {figures} (pixel AUROC / PRO / image AUROC); "
         f"false alarms {100 * found['false_alarm_rate']:g} % requested, 95 % interval "
         f"{100 * found['false_alarms_low']:.2g}-{100 * found['false_alarms_high']:.2g} % "

@@ -33,6 +33,8 @@ class Measure(NamedTuple):
     """Measures deeper stages of the same vectors, which see more of the surroundings."""
     context_weight: float = 0.0
     """Share of `context` in the feature map; distances are about 1 for normal cells in both."""
+    reach: int = 0
+    """Cells that a part may lie from its place, where `feature` and `context` are by place."""
 
 
 class BranchMaps(NamedTuple):
@@ -154,9 +156,9 @@ class Scorer:
         if measure.feature is None:
             return BranchMaps(pixel, evidence.feature)
         vectors = evidence.residuals if measure.subtract_prediction else evidence.features
-        feature = measure.feature.distance(vectors)
+        feature = measure.feature.distance(vectors, measure.reach)
         if measure.context is not None:
-            feature = torch.lerp(feature, measure.context.distance(vectors), measure.context_weight)
+            feature = torch.lerp(feature, measure.context.distance(vectors, measure.reach), measure.context_weight)
         return BranchMaps(pixel, feature[:, None])
 
     @torch.inference_mode()

@@ -259,7 +259,7 @@ def test_ratios_are_of_figures_that_both_have():
 def test_every_preset_can_be_measured_without_calibration_choosing(preset):
     scoring = settled(PRESETS[preset]).scoring
     assert "select" not in (scoring.covariance, scoring.prediction)
-    assert None not in (scoring.alpha, scoring.top_pixels, scoring.context_weight)
+    assert None not in (scoring.alpha, scoring.top_pixels, scoring.context_weight, scoring.place_reach)
 
 
 def test_photographs_differ_and_repeat():

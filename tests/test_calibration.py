@@ -155,6 +155,21 @@ def test_settings_allow_these_measures(fitted, variant, photographs, settings, e
             assert measure.feature.mean.shape == ((64, 7) if measure.feature.by_place else (1, 40))
 
 
+@pytest.mark.parametrize(("place_reach", "expected"), [(None, [0, 1, 0]), (2, [2, 0])])
+def test_places_may_reach_and_the_general_gaussian_has_none(fitted, variant, photographs, place_reach, expected):
+    denoiser = fitted.result()
+    denoiser.config = variant(scoring={"place_dimensions": 7, "place_reach": place_reach, "covariance": "select"})
+    scorer = Scorer(denoiser, fitted.extractor)
+    measures = fit_measures(scorer, photographs)
+    assert [m.reach for m in measures if m.feature.by_place] + [
+        m.reach for m in measures if not m.feature.by_place
+    ] == expected
+    evidence = scorer.evidence(photographs[:2])
+    for measure in measures:
+        found = scorer.branch_maps(evidence, measure).feature[:, 0]
+        torch.testing.assert_close(found, measure.feature.distance(evidence.residuals, measure.reach))
+
+
 @pytest.mark.parametrize("covariance", ["general", "place"])
 def test_details_and_context_are_measured_in_their_own_stages(calibrated, fresh, covariance):
     settings = {"covariance": covariance, "place_dimensions": 7, "alpha": 0.0, "map_sigma": 0.0}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import socket
+from copy import deepcopy
 
 import pytest
 import skimage.data
 import skimage.transform
 import timm
 import torch
+from timm.layers import Conv2dSame
 
 from pipeline.errors import UserError
 from pipeline.features import OFFLINE_WEIGHTS, FeatureExtractor, load_backbone, offline_weights, resize_features
+from pipeline.same_padding import SameConv2d, use_same_convolutions
 
 LITE0 = "tf_efficientnet_lite0"
 EGYPTIAN_CAT = 285  # ImageNet's class index
@@ -67,6 +70,20 @@ def test_features_are_the_stages_of_the_whole_network():
     assert [tuple(stage.shape[1:]) for stage in stages] == [(24, 56, 56), (112, 14, 14)]
     torch.testing.assert_close(found[:, :24], stages[0].reshape(1, 24, 14, 4, 14, 4).mean((3, 5)))
     torch.testing.assert_close(found[:, 24:], stages[1])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "side"),
+    [(3, 2, 1, (8, 10)), (5, 2, 1, (8, 8)), (5, 2, 1, (9, 8)), (3, 2, 1, (7, 7)), (5, 1, 1, (6, 6)), (3, 2, 2, (8, 8))],
+)
+def test_same_convolutions_sum_the_same_products_as_padded_copies(kernel, stride, dilation, side):
+    torch.manual_seed(0)
+    padded = Conv2dSame(6, 6, kernel, stride=stride, dilation=dilation, groups=3)
+    network = torch.nn.Sequential(deepcopy(padded))
+    use_same_convolutions(network)
+    assert type(network[0]) is SameConv2d
+    x = torch.randn(2, 6, *side)
+    torch.testing.assert_close(network(x), padded(x))
 
 
 def test_lite_extractors_take_the_diffusion_range_as_it_is():

@@ -60,6 +60,25 @@ def test_what_is_normal_elsewhere_is_only_seen_by_the_gaussian_of_its_place(resi
     assert general.distance(misplaced).mean() == pytest.approx(general.distance(residuals).mean().item(), rel=0.01)
 
 
+def test_with_reach_a_cell_is_measured_where_near_it_is_expected_most(residuals: torch.Tensor) -> None:
+    places = fit_places([residuals], fit_general([residuals]), CHANNELS, seed=0)
+    some = residuals[:3]
+    found = places.distance(some, 1)
+    for y, x in np.ndindex(GRID, GRID):
+        near = [
+            # What the cell would be told if it lay there.
+            places.distance(some[:, :, y, x, None, None].expand(some.shape))[:, near_y, near_x]
+            for near_y, near_x in np.ndindex(GRID, GRID)
+            if abs(near_y - y) + abs(near_x - x) <= 1
+        ]
+        torch.testing.assert_close(found[:, y, x], torch.stack(near).amin(0))
+    shifted = residuals.roll(1, dims=3)
+    assert places.distance(shifted)[..., 1:].mean() > 2 * places.distance(residuals).mean()
+    torch.testing.assert_close(places.distance(shifted, 2 * GRID), places.distance(residuals, 2 * GRID).roll(1, dims=2))
+    general = fit_general([residuals])
+    assert torch.equal(general.distance(some, 1), general.distance(some))
+
+
 def test_channels_of_any_scale_count_alike_and_constant_ones_do_no_harm(residuals: torch.Tensor) -> None:
     scale = torch.tensor([0.1, 1.0, 3.0, 1.0, 0.3, 1.0]).view(-1, 1, 1)
     plain, scaled = fit_general([residuals]), fit_general([residuals * scale])

@@ -83,6 +83,16 @@ def test_a_loaded_model_scores_as_the_saved_one(models, stored, scorer, fresh):
     np.testing.assert_array_equal(loaded.calibration.normal_scores, scorer.calibration.normal_scores)
 
 
+def test_context_and_reach_come_back(models, calibrated, fresh):
+    by_place = {"covariance": "place", "place_dimensions": 7, "context_weight": 0.25, "place_reach": 1, "alpha": 0.0}
+    scorer = calibrated(features={"stages": (0,), "context_stages": (1,)}, scoring=by_place)
+    save_model(models, "cloth", "v1", scorer, None, {})
+    publish(models, "cloth", "v1")
+    info = model_info(models, "cloth")
+    assert (info.context_weight, info.reach) == (0.25, 1)
+    np.testing.assert_array_equal(load_scorer(info).score(fresh).maps, scorer.score(fresh).maps)
+
+
 def test_what_is_known_of_a_model_without_its_weights(models, stored, scorer, tiny):
     (stored / "weights.safetensors").unlink()
     info = model_info(models, "cloth")
