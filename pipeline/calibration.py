@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from scipy import special, stats
 
 from pipeline.choice import Candidate, Choice, judge, judged_images
 from pipeline.config import ScoringConfig
+from pipeline.gaussian import NormalGaussian
 from pipeline.measures import evidence_of, fit_measures
 from pipeline.scoring import BranchMaps, Calibration, Measure, Scorer
 
@@ -100,8 +102,9 @@ def measured(
 def _branch_maps(scorer: Scorer, measures: Sequence[Measure], images_nhwc: np.ndarray) -> list[list[BranchMaps]]:
     parts: list[list[BranchMaps]] = [[] for _ in measures]
     for evidence in evidence_of(scorer, images_nhwc):
+        distance = cache(NormalGaussian.distance)  # measures share Gaussians
         for kept, measure in zip(parts, measures, strict=True):
-            kept.append(scorer.branch_maps(evidence, measure))
+            kept.append(scorer.branch_maps(evidence, measure, distance))
     return parts
 
 

@@ -153,10 +153,10 @@ class ScoringConfig(Section):
     one that finds defects implanted in its held-out normal images best."""
     place_dimensions: int = Field(100, ge=1)
     """Random directions kept for the Gaussian of each place; memory grows with the square."""
-    place_reach: int | None = Field(0, ge=0)
-    """Cells, along rows and columns, that a part may lie from where it usually does: features are measured under the Gaussian
-    of a place so near that expects them most. null: each model takes none or one, whichever finds defects implanted in its
-    held-out normal images best."""
+    place_reach: int | None = Field(0, ge=0, le=8)
+    """Cells, rows plus columns, that a part may lie from where it usually does: features are measured under the Gaussian of the
+    place so near that expects them most; time and memory grow with the square. null: each model takes none or one, whichever
+    finds defects implanted in its held-out normal images best."""
     map_sigma: float = Field(0.0, ge=0)
     """Gaussian smoothing of the final map, in map pixels."""
     map_size: int = Field(256, ge=16)
@@ -173,7 +173,7 @@ class ScoringConfig(Section):
         """What digests are taken of: without what the method does not look at, and without the first method's name and no reach,
         so that models of releases that knew no other keep their digests."""
         unasked = {"noise": {"method", "restoration"}, "features": {"restoration"}}.get(self.method, set())
-        if self.place_reach == 0:
+        if self.place_reach == 0 or self.covariance not in ("place", "select"):
             unasked |= {"place_reach"}
         return self.model_dump(mode="json", exclude=unasked)
 
@@ -226,6 +226,10 @@ class Config(Section):
             raise ValueError('scoring.prediction = "ignore": needs a scoring.covariance other than "none"')
         if self.features.context_stages and self.scoring.covariance == "none":
             raise ValueError('features.context_stages: need a scoring.covariance other than "none"')
+        if self.scoring.place_reach and self.scoring.covariance not in ("place", "select"):
+            raise ValueError(
+                f'scoring.place_reach = {self.scoring.place_reach}: needs scoring.covariance "place" or "select"'
+            )
         if self.scoring.context_weight and not self.features.context_stages:
             raise ValueError(f"scoring.context_weight = {self.scoring.context_weight}: needs features.context_stages")
         if max(self.scoring.timesteps) >= self.scoring.respaced_steps:

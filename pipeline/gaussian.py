@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NormalGaussian:
     """A Gaussian per place, or one for all (P = 1); float32 on one device, at most G * G * d * d numbers."""
 

@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.storage import Location
 from pipeline.storage_checks import require_exists
 
-FORMAT = 3
+FORMAT = 4
 """Version of the files' layout; a reader refuses a higher one."""
 
 

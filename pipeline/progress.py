@@ -130,7 +130,7 @@ def model_line(category: str, found: Mapping[str, Any], chosen: Mapping[str, Any
     """What a category's new model chose, how it does on implanted defects, and what its threshold promises."""
     prediction = "minus prediction " if found["subtract_prediction"] else ""
     notes = [f"{100 * found['context_weight']:g} % context"] if found["context_weight"] else []
-    notes += [f"parts within {found['reach']} cell of it"] if found["reach"] else []
+    notes += [f"reach {found['reach']}"] if found["reach"] else []
     details = f" ({', '.join(notes)})" if notes else ""
     settings = "".join(f", {name}={value}" for name, value in chosen.items())
     figures = " / ".join(f"{100 * found[name]:.1f}" for name in ("pixel_auroc", "pro_0.30", "image_auroc"))

@@ -57,14 +57,17 @@ class Resources:
                     f"--actors {count} are too many for {self.gpus} GPUs: lower it, or 0 to choose by itself"
                 )
             return Workers(count, threads=1, cpus_per_actor=0.0, gpus_per_actor=1.0)
-        if count > max(1, self.cpus - 1):
-            raise UserError(
-                f"--actors {count} are too many for {self.cpus} CPUs, one of which reads and decodes: "
-                "lower it, or 0 to choose by itself"
-            )
         largest = max(node.cpus for node in self.nodes)
+        if count > self.cpus > 0:
+            raise UserError(f"--actors {count} are too many for {self.cpus} CPUs: lower it, or 0 to choose by itself")
+        if count == self.cpus > largest == 1:
+            raise UserError(f"--actors {count} leave none of {count} machines of one CPU to reading: lower it")
         threads = max(1, min(self.cpus // count, largest))
-        share = max(1, min((self.cpus - 1) // count, largest - 1)) if self.cpus > 1 else 0.25
+        if count < self.cpus:
+            shares = range(min((self.cpus - 1) // count, max(1, largest - 1)), 0, -1)
+            share: float = next(share for share in shares if self._room(share, 0.0) >= count)
+        else:  # together they leave a CPU, and with machines of more than one it lies whole on one of them
+            share = 1 - 1 / largest if largest > 1 else 0.25
         return Workers(count, threads, cpus_per_actor=share, gpus_per_actor=0.0)
 
     def training_slots(

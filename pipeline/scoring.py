@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +18,9 @@ from pipeline.features import FeatureExtractor
 from pipeline.gaussian import NormalGaussian
 from pipeline.images import to_unit_range
 from pipeline.smoothing import gaussian_blur
+
+Distance = Callable[..., Tensor]
+"""Of a Gaussian, cells and a reach, as `NormalGaussian.distance`."""
 
 
 class Measure(NamedTuple):
@@ -144,21 +147,23 @@ class Scorer:
         return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
 
     @torch.inference_mode()
-    def branch_maps(self, evidence: Evidence, measure: Measure) -> BranchMaps:
+    def branch_maps(
+        self, evidence: Evidence, measure: Measure, distance: Distance = NormalGaussian.distance
+    ) -> BranchMaps:
         """The two maps of N images: the evidence as published, smoothed KL (Lu et al. 2023, section 3.1) and squared feature
         residuals (eq. 10) of every noise scale or the distances from the restored image, or the distances of denoising and
-        features from normal, one map each."""
+        features from normal, one map each. distance: `NormalGaussian.distance`, or one that remembers what it found."""
         if measure.pixel is not None:
-            pixel = measure.pixel.distance(evidence.denoising)[:, None]
+            pixel = distance(measure.pixel, evidence.denoising)[:, None]
         else:
             sigma = self.config.scoring.kl_sigma * evidence.pixel.shape[-1] / self.config.scoring.map_size
             pixel = gaussian_blur(evidence.pixel, sigma)
         if measure.feature is None:
             return BranchMaps(pixel, evidence.feature)
         vectors = evidence.residuals if measure.subtract_prediction else evidence.features
-        feature = measure.feature.distance(vectors, measure.reach)
+        feature = distance(measure.feature, vectors, measure.reach)
         if measure.context is not None:
-            feature = torch.lerp(feature, measure.context.distance(vectors, measure.reach), measure.context_weight)
+            feature = torch.lerp(feature, distance(measure.context, vectors, measure.reach), measure.context_weight)
         return BranchMaps(pixel, feature[:, None])
 
     @torch.inference_mode()

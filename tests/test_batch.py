@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ray.util.metrics import Counter
 
 from pipeline.archives import Archive
@@ -337,8 +340,24 @@ def test_reading_always_keeps_part_of_a_cpu() -> None:
     assert Resources([Node(16, 4)]).scoring_workers() == Workers(4, 1, 0.0, 1.0)
     assert Resources([Node(16)] * 4).scoring_workers(2) == Workers(2, 16, 15, 0.0)
     assert Resources([Node(4)]).scoring_workers(2) == Workers(2, 2, 1, 0.0)
-    with pytest.raises(UserError, match="--actors 3"):
+    assert Resources([Node(2)]).scoring_workers(2) == Workers(2, 1, 0.5, 0.0)
+    assert Resources([Node(3), Node(1), Node(1), Node(1)]).scoring_workers(2) == Workers(2, 3, 1, 0.0)
+    with pytest.raises(UserError, match="--actors 3 are too many"):
         Resources([Node(2)]).scoring_workers(3)
+    with pytest.raises(UserError, match="--actors 2 leave none"):
+        Resources([Node(1), Node(1)]).scoring_workers(2)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(0, 40))
+def test_all_actors_fit_and_wherever_they_lie_one_machine_can_read(nodes: list[int], actors: int) -> None:
+    try:
+        workers = Resources([Node(cpus) for cpus in nodes]).scoring_workers(actors)
+    except UserError:
+        return
+    share, reading = workers.cpus_per_actor, 0.05 + 0.2 + 0.5
+    assert sum(int(cpus / share + 1e-9) for cpus in nodes) >= workers.actors
+    # The fewest actors that would leave too little on every machine are more than there are.
+    assert sum(math.floor((cpus - reading) / share + 1e-9) + 1 for cpus in nodes) > workers.actors
 
 
 def test_planning_reading_and_decoding_do_without_torch():

@@ -170,18 +170,18 @@ def test_places_may_reach_and_the_general_gaussian_has_none(fitted, variant, pho
         torch.testing.assert_close(found, measure.feature.distance(evidence.residuals, measure.reach))
 
 
-@pytest.mark.parametrize("covariance", ["general", "place"])
-def test_details_and_context_are_measured_in_their_own_stages(calibrated, fresh, covariance):
-    settings = {"covariance": covariance, "place_dimensions": 7, "alpha": 0.0, "map_sigma": 0.0}
+@pytest.mark.parametrize(("covariance", "reach"), [("general", 0), ("place", 0), ("place", 1)])
+def test_details_and_context_are_measured_in_their_own_stages(calibrated, fresh, covariance, reach):
+    settings = {"covariance": covariance, "place_dimensions": 7, "place_reach": reach, "alpha": 0.0, "map_sigma": 0.0}
     split = {"stages": (0,), "context_stages": (1,)}
     mixed = calibrated(features=split, scoring=settings | {"context_weight": 0.25})
     measure, evidence = mixed.calibration.measure, mixed.evidence(fresh[:2])
-    detail, context = (g.distance(evidence.residuals) for g in (measure.feature, measure.context))
+    detail, context = (g.distance(evidence.residuals, reach) for g in (measure.feature, measure.context))
     torch.testing.assert_close(mixed.branch_maps(evidence, measure).feature[:, 0], 0.75 * detail + 0.25 * context)
     other = evidence.residuals.clone()
     other[:, 16:] = 0  # channels of stage 1
-    torch.testing.assert_close(measure.feature.distance(other), detail)
-    assert not torch.allclose(measure.context.distance(other), context)
+    torch.testing.assert_close(measure.feature.distance(other, reach), detail)
+    assert not torch.allclose(measure.context.distance(other, reach), context)
     without = calibrated(features=split, scoring=settings)
     assert without.calibration.measure.context is None
     torch.testing.assert_close(without.calibration.measure.feature.whitening, measure.feature.whitening)

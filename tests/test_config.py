@@ -161,6 +161,8 @@ def test_ways_of_scoring_have_their_own_pixel_branches():
         ("texture", "scoring.normalisation=image", 'only with scoring.method = "noise"'),
         ("texture", "training.max_timestep=231", "scoring.timesteps reach 231 of 1000"),
         ("fast", "scoring.restoration.eta=0", 'only scoring.method = "restoration" looks at it'),
+        ("demo", "scoring.place_reach=1", 'needs scoring.covariance "place" or "select"'),
+        ("gaussian", "scoring.place_reach=9", "less than or equal to 8"),
         ("gaussian", "scoring.prediction=subtract", 'and scoring.prediction = "ignore"'),
     ):
         with pytest.raises(UserError, match=told):
@@ -169,8 +171,11 @@ def test_ways_of_scoring_have_their_own_pixel_branches():
 
 def test_digests_leave_out_what_a_way_of_scoring_does_not_look_at():
     earlier = load_config("fast", ["scoring.place_reach=0"])
-    assert earlier.digest() == "81c55d58e223", "models of earlier releases count as trained"
+    assert earlier.digest() == "81c55d58e223", "models of earlier releases count as trained with what they knew"
     assert earlier.digest() != load_config("fast").digest()
+    assert load_config("fast", ["scoring.covariance=general"]).digest() == "c97c976070dd", (
+        "there reach is not looked at"
+    )
     texture = load_config("texture")
     assert texture.digest() != load_config("texture", ["scoring.restoration.weight=1"]).digest()
     stored = texture.model_copy(update={"training": texture.training.model_copy(update={"max_timestep": 100})})

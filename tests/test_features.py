@@ -86,6 +86,19 @@ def test_same_convolutions_sum_the_same_products_as_padded_copies(kernel, stride
     torch.testing.assert_close(network(x), padded(x))
 
 
+@pytest.mark.parametrize("side", [64, 65])
+def test_extractors_do_without_padded_copies_and_say_the_same(side):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        backbone = load_backbone(LITE0, (0, 1, 2, 3, 4))
+        assert sum(type(module) is SameConv2d for module in backbone.modules()) == 5
+        x = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        x = x.contiguous(memory_format=torch.channels_last)
+        stages = whole_network(LITE0).to(memory_format=torch.channels_last)
+        expected = stages.forward_intermediates(x, indices=[0, 1, 2, 3, 4], intermediates_only=True)
+        for found, each in zip(backbone.to(memory_format=torch.channels_last)(x), expected, strict=True):
+            torch.testing.assert_close(found, each)
+
+
 def test_lite_extractors_take_the_diffusion_range_as_it_is():
     extractor = FeatureExtractor(LITE0, stages=(0,), grid=112)
     with torch.no_grad():

@@ -93,6 +93,15 @@ def test_context_and_reach_come_back(models, calibrated, fresh):
     np.testing.assert_array_equal(load_scorer(info).score(fresh).maps, scorer.score(fresh).maps)
 
 
+def test_models_of_releases_that_knew_no_reach_have_none(models, stored, scorer, fresh):
+    text = json.loads((stored / "model.json").read_text())
+    del text["reach"], text["config"]["scoring"]["place_reach"]
+    (stored / "model.json").write_text(json.dumps(text | {"format": 3}))
+    info = model_info(models, "cloth")
+    assert info.reach == 0
+    np.testing.assert_array_equal(load_scorer(info).score(fresh).maps, scorer.score(fresh).maps)
+
+
 def test_what_is_known_of_a_model_without_its_weights(models, stored, scorer, tiny):
     (stored / "weights.safetensors").unlink()
     info = model_info(models, "cloth")

@@ -56,7 +56,16 @@ def test_only_what_is_defective_changes(sensitive: Scorer, defective: np.ndarray
     assert np.array_equal(found[far], defective[far])
 
 
-@pytest.mark.parametrize("scoring", [{}, {"covariance": "none"}, {"prediction": "ignore"}], ids=str)
+@pytest.mark.parametrize(
+    "scoring",
+    [
+        {},
+        {"covariance": "none"},
+        {"prediction": "ignore"},
+        {"covariance": "place", "place_dimensions": 7, "place_reach": 1},
+    ],
+    ids=str,
+)
 def test_gradient_denoising_lowers_the_score(
     calibrated: Callable[..., Scorer], defective: np.ndarray, scoring: dict[str, object]
 ) -> None:

@@ -116,7 +116,7 @@ def measure_night(
             "elapsed begins when Ray runs and ends with the run's record: actors start and load the model within it; "
             "steady is from the first commit to the last",
             "steady actors work while they score and commit; what a stage costs is measured alone, after the run, on one shard",
-            "model only: all cores of this machine, or the threads of the actors, which leave a CPU to reading and decoding",
+            "model only: all cores of this machine, or the threads of an actor, times the actors",
             "an S3 server here shares the machine with the job",
         ),
     )
