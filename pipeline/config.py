@@ -154,9 +154,9 @@ class ScoringConfig(Section):
     place_dimensions: int = Field(100, ge=1)
     """Random directions kept for the Gaussian of each place; memory grows with the square."""
     place_reach: int | None = Field(0, ge=0, le=8)
-    """Cells, rows plus columns, that a part may lie from where it usually does: features are measured under the Gaussian of the
-    place so near that expects them most; time and memory grow with the square. null: each model takes none or one, whichever
-    finds defects implanted in its held-out normal images best."""
+    """Cells, rows plus columns, that a part may lie from where it usually does: features but for context are measured under the
+    Gaussian of the place so near that expects them most; time and memory grow with the square. null: each model takes none or
+    one, whichever finds defects implanted in its held-out normal images best."""
     map_sigma: float = Field(0.0, ge=0)
     """Gaussian smoothing of the final map, in map pixels."""
     map_size: int = Field(256, ge=16)

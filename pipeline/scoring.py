@@ -37,7 +37,7 @@ class Measure(NamedTuple):
     context_weight: float = 0.0
     """Share of `context` in the feature map; distances are about 1 for normal cells in both."""
     reach: int = 0
-    """Cells that a part may lie from its place, where `feature` and `context` are by place."""
+    """Cells that a part may lie from its place, where `feature` is by place; `context` sees so far anyway."""
 
 
 class BranchMaps(NamedTuple):
@@ -163,7 +163,7 @@ class Scorer:
         vectors = evidence.residuals if measure.subtract_prediction else evidence.features
         feature = distance(measure.feature, vectors, measure.reach)
         if measure.context is not None:
-            feature = torch.lerp(feature, distance(measure.context, vectors, measure.reach), measure.context_weight)
+            feature = torch.lerp(feature, distance(measure.context, vectors), measure.context_weight)
         return BranchMaps(pixel, feature[:, None])
 
     @torch.inference_mode()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline.diffusion.doubling import DoublingConv2d
 from pipeline.diffusion.group_norm import GroupNorm
 from pipeline.diffusion.unet import UNet, timestep_embedding
 from pipeline.presets import PRESETS
@@ -412,3 +413,18 @@ def test_group_norm_is_pytorchs_in_whatever_way_it_is_computed(shape, layout):
         norm(x).square().mul(torch.linspace(0, 1, shape[-1])).sum().backward()
         gradients.append(torch.cat([each.grad.flatten() for each in (x, norm.weight, norm.bias)]))
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_doubling_convolution_is_one_of_the_doubled_image(layout):
+    torch.manual_seed(0)
+    convolution = DoublingConv2d(8, 12)
+    x = torch.randn(2, 8, 5, 7).contiguous(memory_format=layout).requires_grad_()
+    wanted = F.conv2d(F.interpolate(x, scale_factor=2.0), convolution.weight, convolution.bias, padding=1)
+    found = convolution(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    weights = torch.randn_like(wanted)
+    inputs = (x, convolution.weight, convolution.bias)
+    gradients = (torch.autograd.grad((y * weights).sum(), inputs) for y in (found, wanted))
+    for ours, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)

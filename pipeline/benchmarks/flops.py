@@ -47,7 +47,7 @@ def largest_convolution(network: nn.Module, work: Work) -> Convolution:
         assert isinstance(module, nn.Conv2d)
         calls.append(Convolution(tuple(inputs[0].shape), tuple(module.weight.shape), int(module.padding[0])))
 
-    plain = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.stride == (1, 1) and m.groups == 1]
+    plain = [m for m in network.modules() if type(m) is nn.Conv2d and m.stride == (1, 1) and m.groups == 1]
     hooks = [module.register_forward_pre_hook(note) for module in plain]
     try:
         work()

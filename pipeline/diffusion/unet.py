@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.diffusion.doubling import DoublingConv2d, doubled
 from pipeline.diffusion.group_norm import GroupNorm
 
 
@@ -52,7 +53,10 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, embedding: int, out_channels: int, resample: float = 1) -> None:
         super().__init__()
         self.resample = resample
-        self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1))
+        convolution = (
+            DoublingConv2d(channels, out_channels) if resample > 1 else nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), convolution)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, 2 * out_channels))
         self.out_layers = nn.Sequential(
             group_norm(out_channels),
@@ -64,18 +68,16 @@ class ResBlock(nn.Module):
             nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
         )
 
-    def _resized(self, x: Tensor) -> Tensor:
-        if self.resample == 1:
-            return x
-        return F.avg_pool2d(x, 2) if self.resample < 1 else F.interpolate(x, scale_factor=2.0, mode="nearest")
-
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         norm, activation, convolution = self.in_layers
-        h = convolution(self._resized(activation(norm(x))))
+        h = activation(norm(x))
+        if self.resample < 1:
+            x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
+        h = convolution(h)  # doubles by itself
         scale, shift = self.emb_layers(embedding)[:, :, None, None].chunk(2, dim=1)
         norm, activation, _, convolution = self.out_layers
         h = convolution(activation(torch.addcmul(shift, norm(h), 1 + scale)))
-        return self.skip_connection(self._resized(x)) + h
+        return self.skip_connection(doubled(x) if self.resample > 1 else x) + h
 
 
 class AttentionBlock(nn.Module):
