@@ -99,6 +99,7 @@ def replace_threshold(
     (folder / "model.json").write_json(
         text
         | {
+            "format": FORMAT,
             "version": version,
             "config": config.model_dump(mode="json"),
             "calibration": info.calibration | numbers,

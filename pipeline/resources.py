@@ -62,7 +62,7 @@ class Resources:
             raise UserError(f"--actors {count} are too many for {self.cpus} CPUs: lower it, or 0 to choose by itself")
         if count == self.cpus > largest == 1:
             raise UserError(f"--actors {count} leave none of {count} machines of one CPU to reading: lower it")
-        threads = max(1, min(self.cpus // count, largest))
+        threads = max((cpus for cpus in range(1, largest + 1) if self._room(cpus, 0.0) >= count), default=1)
         if count < self.cpus:
             shares = range(min((self.cpus - 1) // count, max(1, largest - 1)), 0, -1)
             share: float = next(share for share in shares if self._room(share, 0.0) >= count)

@@ -125,9 +125,7 @@ class Restorer:
         def distance(x: Tensor) -> Tensor:
             denoiser = self.scorer.denoiser
             vectors = denoiser.target(denoiser.features(self.scorer.extractor, enlarged(x))) - expected
-            if measure.feature is None:
-                return vectors.square().mean(1)
-            return measure.feature.distance(vectors, measure.reach)
+            return vectors.square().mean(1) if measure.feature is None else measure.of_features(vectors)
 
         def is_normal(x: Tensor) -> Tensor:
             left = self._anomalous(self.scorer.score(shown(x)).maps).any((1, 2))

@@ -39,6 +39,15 @@ class Measure(NamedTuple):
     reach: int = 0
     """Cells that a part may lie from its place, where `feature` is by place; `context` sees so far anyway."""
 
+    def of_features(self, vectors: Tensor, distance: Distance = NormalGaussian.distance) -> Tensor:
+        """How far residuals or features (N, C, G, G) lie from normal ones: (N, G, G), where there is a Gaussian of them.
+
+        distance: `NormalGaussian.distance`, or one that remembers what it found.
+        """
+        assert self.feature is not None
+        found = distance(self.feature, vectors, self.reach)
+        return found if self.context is None else found.lerp(distance(self.context, vectors), self.context_weight)
+
 
 class BranchMaps(NamedTuple):
     """The two maps of N images, not yet calibrated: (N, T', s, s) of the pixel branch, (N, T', G, G) of the feature branch."""
@@ -152,7 +161,7 @@ class Scorer:
     ) -> BranchMaps:
         """The two maps of N images: the evidence as published, smoothed KL (Lu et al. 2023, section 3.1) and squared feature
         residuals (eq. 10) of every noise scale or the distances from the restored image, or the distances of denoising and
-        features from normal, one map each. distance: `NormalGaussian.distance`, or one that remembers what it found."""
+        features from normal, one map each. distance: as `Measure.of_features` takes it."""
         if measure.pixel is not None:
             pixel = distance(measure.pixel, evidence.denoising)[:, None]
         else:
@@ -161,10 +170,7 @@ class Scorer:
         if measure.feature is None:
             return BranchMaps(pixel, evidence.feature)
         vectors = evidence.residuals if measure.subtract_prediction else evidence.features
-        feature = distance(measure.feature, vectors, measure.reach)
-        if measure.context is not None:
-            feature = torch.lerp(feature, distance(measure.context, vectors), measure.context_weight)
-        return BranchMaps(pixel, feature[:, None])
+        return BranchMaps(pixel, measure.of_features(vectors, distance)[:, None])
 
     @torch.inference_mode()
     def maps(self, branches: BranchMaps, calibration: Calibration) -> Maps:

@@ -341,7 +341,7 @@ def test_reading_always_keeps_part_of_a_cpu() -> None:
     assert Resources([Node(16)] * 4).scoring_workers(2) == Workers(2, 16, 15, 0.0)
     assert Resources([Node(4)]).scoring_workers(2) == Workers(2, 2, 1, 0.0)
     assert Resources([Node(2)]).scoring_workers(2) == Workers(2, 1, 0.5, 0.0)
-    assert Resources([Node(3), Node(1), Node(1), Node(1)]).scoring_workers(2) == Workers(2, 3, 1, 0.0)
+    assert Resources([Node(3), Node(1), Node(1), Node(1)]).scoring_workers(2) == Workers(2, 1, 1, 0.0)
     with pytest.raises(UserError, match="--actors 3 are too many"):
         Resources([Node(2)]).scoring_workers(3)
     with pytest.raises(UserError, match="--actors 2 leave none"):
@@ -356,6 +356,7 @@ def test_all_actors_fit_and_wherever_they_lie_one_machine_can_read(nodes: list[i
         return
     share, reading = workers.cpus_per_actor, 0.05 + 0.2 + 0.5
     assert sum(int(cpus / share + 1e-9) for cpus in nodes) >= workers.actors
+    assert sum(cpus // workers.threads for cpus in nodes) >= workers.actors
     # The fewest actors that would leave too little on every machine are more than there are.
     assert sum(math.floor((cpus - reading) / share + 1e-9) + 1 for cpus in nodes) > workers.actors
 

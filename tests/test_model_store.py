@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import UserError
 from pipeline.model_store import (
+    FORMAT,
     model_categories,
     model_info,
     new_version,
@@ -177,12 +178,14 @@ def replaced(models, now=NOW + timedelta(hours=1), threshold=7.25, used=None):
 
 
 def test_another_threshold_is_another_version_that_scores_the_same(models, stored, scorer, fresh):
+    rewrite(stored / "model.json", format=3)
     before = {path: path.read_bytes() for path in stored.iterdir()}
     version = replaced(models)
     info = model_info(models, "cloth")
     assert info.version == version > stored.name
     assert info.config.scoring.false_alarm_rate == 0.05
     assert version.endswith(info.config.digest())
+    assert json.loads((stored.parent / version / "model.json").read_text())["format"] == FORMAT
     loaded = load_scorer(info)
     assert loaded.calibration.threshold == 7.25
     assert (loaded.calibration.false_alarms_low, loaded.calibration.false_alarms_high) == (0.01, 0.2)

@@ -57,19 +57,20 @@ def test_only_what_is_defective_changes(sensitive: Scorer, defective: np.ndarray
 
 
 @pytest.mark.parametrize(
-    "scoring",
+    ("scoring", "features"),
     [
-        {},
-        {"covariance": "none"},
-        {"prediction": "ignore"},
-        {"covariance": "place", "place_dimensions": 7, "place_reach": 1},
+        ({}, {}),
+        ({"covariance": "none"}, {}),
+        ({"prediction": "ignore"}, {}),
+        ({"covariance": "place", "place_dimensions": 7, "place_reach": 1}, {}),
+        ({"covariance": "general", "context_weight": 0.9}, {"stages": (0,), "context_stages": (1,)}),
     ],
     ids=str,
 )
 def test_gradient_denoising_lowers_the_score(
-    calibrated: Callable[..., Scorer], defective: np.ndarray, scoring: dict[str, object]
+    calibrated: Callable[..., Scorer], defective: np.ndarray, scoring: dict[str, object], features: dict[str, object]
 ) -> None:
-    scorer = calibrated(scoring=scoring)
+    scorer = calibrated(scoring=scoring, features=features)
     restorer = Restorer(scorer, GradientDenoising(rounds=4, within_regions=False))
     before, after = (
         scorer.score(images).feature_scores for images in (defective, restorer.restore(defective, range(4)))

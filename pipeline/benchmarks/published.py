@@ -41,7 +41,8 @@ class PublishedScorer(Scorer):
         super().__init__(
             denoiser, deepcopy(scorer.extractor), scorer.calibration, device=scorer.device, label=scorer.label
         )
-        compute_as_published(self.denoiser.unet)
+        use_default_group_norm(self.denoiser.unet)
+        make_doubled_images(self.denoiser.unet)
         for module in (self.denoiser, self.extractor):
             module.to(memory_format=torch.contiguous_format)
 
@@ -96,7 +97,8 @@ def published_fit(
     training = config.training.model_copy(update={"precision": "float32"})
     fit = Fit(config.model_copy(update={"training": training}), images_nhwc, extractor, labels=labels, device=device)
     unet = fit.denoiser.unet.to(memory_format=torch.contiguous_format)
-    compute_as_published(unet)
+    use_default_group_norm(unet)
+    make_doubled_images(unet)
     fit.average = [p.detach().clone() for p in unet.parameters()]
     fit.optimizer = torch.optim.AdamW(unet.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay)
     fit.module = DefaultLayout(unet)
@@ -110,19 +112,24 @@ class PublishedDoubling(DoublingConv2d):
         return nn.Conv2d.forward(self, doubled(x))
 
 
-def compute_as_published(network: nn.Module) -> None:
-    """Put PyTorch's group norm and convolutions of doubled images, with the same parameters, in the place of ours."""
+def use_default_group_norm(network: nn.Module) -> None:
+    """Put PyTorch's group norm, with the same parameters, in the place of ours."""
     for parent in list(network.modules()):
         for name, child in parent.named_children():
-            default: nn.Module
             if isinstance(child, GroupNorm):
                 default = nn.GroupNorm(child.num_groups, child.num_channels, child.eps)
-            elif isinstance(child, DoublingConv2d):
+                default.weight, default.bias = child.weight, child.bias
+                setattr(parent, name, default)
+
+
+def make_doubled_images(network: nn.Module) -> None:
+    """Put convolutions of doubled images, with the same parameters, in the place of ours."""
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, DoublingConv2d):
                 default = PublishedDoubling(child.in_channels, child.out_channels)
-            else:
-                continue
-            default.weight, default.bias = child.weight, child.bias
-            setattr(parent, name, default)
+                default.weight, default.bias = child.weight, child.bias
+                setattr(parent, name, default)
 
 
 def single_float32(config: Config) -> Config:

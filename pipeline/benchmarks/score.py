@@ -48,6 +48,8 @@ def measure_score(
             "noise_scales": len(scoring.timesteps),
             "million_parameters": round(sum(p.numel() for p in scorer.denoiser.unet.parameters()) / 1e6, 1),
             "precision": scorer.config.training.precision,
+            "reach": scoring.place_reach or 0,
+            "context_weight": scoring.context_weight or 0.0,
         }
         | ceilings.sizes(),
         figures={
