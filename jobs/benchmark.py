@@ -129,7 +129,7 @@ class Pipeline(Report):
     storage: str = ""
     """An empty folder or s3:// prefix; when omitted a SeaweedFS server of the dev extra, or else a local folder."""
     images: int = 512
-    """Photographs of the night, in tars of 128; at least two shards of them."""
+    """Photographs of the night, in tars of 128; at least two shards for each actor."""
     side: int = 1024
     """Their side in pixels."""
     shard_images: int = 64
@@ -265,8 +265,8 @@ def held_out_photographs(scorer: Scorer, dataset: Location, category: str) -> np
 
 def measure_pipeline(options: Pipeline) -> Measured:
     """The night on the storage that was asked for, or on one of its own that is gone afterwards."""
-    if options.images < 2 * options.shard_images:
-        raise UserError(f"--images {options.images}: take at least two shards of {options.shard_images}")
+    if options.images < 2 * options.shard_images * max(1, options.actors):
+        raise UserError(f"--images {options.images}: take at least two shards of {options.shard_images} for each actor")
     scorer = random_scorer(load_config(options.preset, options.set), torch.device("cpu"))
     with storage_of(options.storage) as storage, ray_session() as resources:
         return measure_night(

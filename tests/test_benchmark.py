@@ -283,3 +283,14 @@ def test_a_steady_night_begins_with_the_first_commit():
     rate, working = steady_state(commits, actors=1)
     assert rate == pytest.approx(8 / 20)
     assert working == pytest.approx(15 / 20)
+
+
+def test_a_steady_night_of_two_actors_begins_when_both_have_committed():
+    # In step: each takes 10 s for a shard, half a second apart.
+    commits = [
+        ShardOutcome(0, "s", 4, scored=4, seconds=10.0, committed=at)
+        for at in (110.0, 110.5, 120.0, 120.5, 130.0, 130.5)
+    ]
+    rate, working = steady_state(commits, actors=2)
+    assert rate == pytest.approx(16 / 20)
+    assert working == pytest.approx(1)

@@ -83,7 +83,7 @@ def measure_night(
     actors: int,
     rounds: int,
 ) -> Measured:
-    """Store a night of two shards or more, score it once by the job, and before and after it the model alone from memory."""
+    """Store a night of two shards an actor or more, score it by the job, and before and after it the model alone from memory."""
     store_night(storage, scorer, images=images, side=side)
     plan = night_plan(storage, shard_images=shard_images)
     workers = resources.scoring_workers(actors)
@@ -114,7 +114,7 @@ def measure_night(
         samples=samples,
         notes=(
             "elapsed begins when Ray runs and ends with the run's record: actors start and load the model within it; "
-            "steady is from the first commit to the last",
+            "steady is from the first commit, or as many commits as actors, to the last",
             "steady actors work while they score and commit; what a stage costs is measured alone, after the run, on one shard",
             "model only: all cores of this machine, or the threads of an actor, times the actors",
             "an S3 server here shares the machine with the job",
@@ -175,11 +175,12 @@ def model_only(scorer: Scorer, workers: Workers, rounds: int) -> dict[str, list[
 
 
 def steady_state(commits: Sequence[ShardOutcome], actors: int) -> tuple[float, float]:
-    """Of the time from the first commit to the last, which is what a long night is like: images per second, and the share
-    in which the actors worked, both by the actors' clocks."""
+    """Of the time from the first commit, or with several actors from as many commits, to the last, which is what a long night is
+    like: images per second, and the share in which the actors worked, both by the actors' clocks. (What the other actors have
+    nearly finished at the first commit is no work of the time after it.)"""
     ordered = sorted((outcome.committed, outcome.scored, outcome.seconds) for outcome in commits if outcome.scored)
-    lasted = ordered[-1][0] - ordered[0][0]
-    images, working = (sum(values) for values in list(zip(*ordered[1:], strict=True))[1:])
+    lasted = ordered[-1][0] - ordered[actors - 1][0]
+    images, working = (sum(values) for values in list(zip(*ordered[actors:], strict=True))[1:])
     return images / lasted, working / (actors * lasted)
 
 
