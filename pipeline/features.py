@@ -97,14 +97,14 @@ def resize_features(features: Tensor, grid: int) -> Tensor:
 
 
 def load_backbone(name: str, stages: Sequence[int]) -> nn.Module:
-    """A frozen timm feature network with ImageNet weights. Raises UserError when the name or its weights are not to be had."""
+    """A timm feature network with ImageNet weights, in evaluation mode. Raises UserError where these are not to be had."""
     if not timm.is_model(name):
         raise UserError(
             f"timm has no model {name!r}: choose one that timm.list_models() shows, or {sorted(OFFLINE_WEIGHTS)}"
         )
     backbone = _pretrained(name, stages)
     use_same_convolutions(backbone)
-    return backbone
+    return backbone.eval()
 
 
 def _pretrained(name: str, stages: Sequence[int]) -> nn.Module:
