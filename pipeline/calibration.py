@@ -17,9 +17,8 @@ from scipy import special, stats
 
 from pipeline.choice import Candidate, Choice, judge, judged_images
 from pipeline.config import ScoringConfig
-from pipeline.gaussian import NormalGaussian
 from pipeline.measures import evidence_of, fit_measures
-from pipeline.scoring import BranchMaps, Calibration, Measure, Scorer
+from pipeline.scoring import BranchMaps, Calibration, Measure, Scorer, distance_from
 
 SMALLEST_DEVIATION = 1e-6
 """Stands in for no deviation at all."""
@@ -102,7 +101,7 @@ def measured(
 def _branch_maps(scorer: Scorer, measures: Sequence[Measure], images_nhwc: np.ndarray) -> list[list[BranchMaps]]:
     parts: list[list[BranchMaps]] = [[] for _ in measures]
     for evidence in evidence_of(scorer, images_nhwc):
-        distance = cache(NormalGaussian.distance)  # measures share Gaussians
+        distance = cache(distance_from)  # measures share Gaussians and context
         for kept, measure in zip(parts, measures, strict=True):
             kept.append(scorer.branch_maps(evidence, measure, distance))
     return parts

@@ -53,7 +53,8 @@ class FeatureConfig(Section):
     stages: tuple[NonNegativeInt, ...] = Field((0, 1, 2, 3), min_length=1)
     """Backbone stages whose outputs are concatenated."""
     context_stages: tuple[NonNegativeInt, ...] = ()
-    """Stages with a Gaussian of their own: deep ones, which see more of the surroundings, tell what belongs where."""
+    """Stages of which cells of normal photographs are kept: deep ones, which see more of the surroundings, tell what belongs
+    together, wherever it lies."""
     input_size: int | None = Field(None, ge=32)
     """Side in pixels to which photographs are enlarged or shrunk for the extractor; null takes them as read (map_size)."""
     grid: int = Field(64, ge=4)
@@ -149,8 +150,11 @@ class ScoringConfig(Section):
     Mahalanobis distance under the Gaussian of normal images in general or at each place, or whichever finds defects implanted
     in held-out normal images best."""
     context_weight: float | None = Field(0.0, ge=0, le=1)
-    """Weight of `features.context_stages` in the feature branch; `features.stages` have the rest. null: each model takes the
-    one that finds defects implanted in its held-out normal images best."""
+    """Weight in the feature branch of how far `features.context_stages` lie from the nearest of the kept normal cells;
+    `features.stages` have the rest. null: each model takes the one that finds defects implanted in its held-out normal images
+    best."""
+    context_cells: int = Field(2000, ge=1)
+    """Normal cells that are kept; half of them where a category has fewer than two for each."""
     place_dimensions: int = Field(100, ge=1)
     """Random directions kept for the Gaussian of each place; memory grows with the square."""
     place_reach: int | None = Field(0, ge=0, le=8)
@@ -170,11 +174,13 @@ class ScoringConfig(Section):
     """Images per forward pass. Fixed (short batches are padded), so that a score never depends on its neighbours."""
 
     def named(self) -> dict[str, Any]:
-        """What digests are taken of: without what the method does not look at, and without the first method's name and no reach,
-        so that models of releases that knew no other keep their digests."""
+        """What digests are taken of: without what these settings do not ask, and without the first method's name and no reach, so
+        that models of releases that knew no other keep their digests."""
         unasked = {"noise": {"method", "restoration"}, "features": {"restoration"}}.get(self.method, set())
         if self.place_reach == 0 or self.covariance not in ("place", "select"):
             unasked |= {"place_reach"}
+        if self.context_weight == 0:
+            unasked |= {"context_cells"}
         return self.model_dump(mode="json", exclude=unasked)
 
 

@@ -1,4 +1,4 @@
-"""The measures that a model's settings allow, each with the Gaussians of its training photographs."""
+"""The measures that a model's settings allow, each with what training photographs teach: Gaussians, and cells kept of them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 from pipeline.config import ScoringConfig
 from pipeline.gaussian import Moments, NormalGaussian, general_gaussian, place_gaussians, place_projection
+from pipeline.nearest import Candidates, NearestNormal, nearest_normal
 from pipeline.scoring import Evidence, Measure, Scorer
 
-CONTEXT_WEIGHTS = (0.0, 0.25, 0.5)
+CONTEXT_WEIGHTS = (0.0, 0.5, 0.75)
 """Weights of the context in the feature branch that are tried where a model chooses its own."""
 REACHES = (0, 1)
 """Cells that parts may lie from their places that are tried where a model chooses its own."""
@@ -19,30 +20,29 @@ GENERAL_IMAGES = 32
 """Training photographs that shape the Gaussians for all places."""
 
 Vectors = Callable[[Evidence], list[Tensor]]
-"""What is measured of an image's features: with the prediction subtracted or not, details and then context."""
+"""What Gaussians measure of an image's features: with the prediction subtracted, or not, or either."""
 
 
 def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Measure]:
-    """The measures that the config allows, with Gaussians of training photographs, uint8 (n, map_size, map_size, 3)."""
+    """The measures that the config allows, taught by training photographs, uint8 (n, map_size, map_size, 3)."""
     scoring = scorer.config.scoring
     subtract = {"subtract": [True], "ignore": [False], "select": [True, False]}[scoring.prediction]
-    stages = scorer.config.features.stages, scorer.config.features.context_stages
-    groups = [scorer.extractor.selector(each).to(scorer.device) for each in stages if each]
-    parts = [(subtracted, group) for subtracted in subtract for group in groups if scoring.covariance != "none"]
+    if scoring.covariance == "none":
+        subtract = []
 
     def vectors(evidence: Evidence) -> list[Tensor]:
-        return [evidence.residuals if subtracted else evidence.features for subtracted, _ in parts]
+        return [evidence.residuals if subtracted else evidence.features for subtracted in subtract]
 
-    of_pixels, generals = _general_gaussians(scorer, training_nhwc, [group for _, group in parts], vectors)
-    pixel, places = _place_gaussians(scorer, training_nhwc, of_pixels, generals, vectors)
-    if not parts:
+    of_pixels, generals = _general_gaussians(scorer, training_nhwc, len(subtract), vectors)
+    pixel, places, context = _of_all_photographs(scorer, training_nhwc, of_pixels, generals, vectors)
+    if not subtract:
         return [Measure(pixel, None, True)]
     kept = {"general": [generals], "place": [places], "select": [generals, places]}[scoring.covariance]
     return [
         measure
         for gaussians in kept
-        for i, subtracted in enumerate(subtract)
-        for measure in _mixtures(scoring, pixel, gaussians[i * len(groups) : (i + 1) * len(groups)], subtracted)
+        for subtracted, gaussian in zip(subtract, gaussians, strict=True)
+        for measure in _mixtures(scoring, Measure(pixel, gaussian, subtracted), context)
     ]
 
 
@@ -54,11 +54,12 @@ def evidence_of(scorer: Scorer, images_nhwc: np.ndarray) -> Iterator[Evidence]:
 
 
 def _general_gaussians(
-    scorer: Scorer, training_nhwc: np.ndarray, groups: Sequence[Tensor], vectors: Vectors
+    scorer: Scorer, training_nhwc: np.ndarray, count: int, vectors: Vectors
 ) -> tuple[NormalGaussian | None, list[NormalGaussian]]:
-    """For all places together: of the pixel branch if it is measured by one, and of each group's features."""
+    """For all places together: of the pixel branch if it is measured by one, and of each of so many vectors."""
     of_pixels = Moments(by_place=False) if scorer.config.scoring.pixel == "gaussian" else None
-    of_features = [Moments(group, by_place=False) for group in groups]
+    details = scorer.extractor.selector(scorer.config.features.stages).to(scorer.device)
+    of_features = [Moments(details, by_place=False) for _ in range(count)]
     if of_pixels is None and not of_features:
         return None, []
     # Every cell is a sample: a few images, spread over all, are many.
@@ -70,43 +71,62 @@ def _general_gaussians(
     return general_gaussian(of_pixels) if of_pixels else None, [general_gaussian(moments) for moments in of_features]
 
 
-def _place_gaussians(
+def _of_all_photographs(
     scorer: Scorer,
     training_nhwc: np.ndarray,
     of_pixels: NormalGaussian | None,
     of_features: Sequence[NormalGaussian],
     vectors: Vectors,
-) -> tuple[NormalGaussian | None, list[NormalGaussian]]:
-    """For each place, whitened by those for all places: of the pixel branch, and of the features where settings ask for it."""
+) -> tuple[NormalGaussian | None, list[NormalGaussian], NearestNormal | None]:
+    """What takes all photographs, where settings ask for it: a Gaussian for each place, whitened by that for all places, of the
+    pixel branch and of the features, and the context's cells."""
     scoring, seed = scorer.config.scoring, scorer.config.training.seed
+    stages = scorer.config.features.context_stages if of_features and scoring.context_weight != 0 else ()
     if scoring.covariance not in ("place", "select"):
         of_features = []
-    if of_pixels is None and not of_features:
-        return None, []
+    if of_pixels is None and not of_features and not stages:
+        return None, [], None
     pixels = Moments(of_pixels.whitening[0], by_place=True) if of_pixels else None
     features = [
         Moments(place_projection(gaussian, scoring.place_dimensions, seed), by_place=True) for gaussian in of_features
     ]
+    candidates = Candidates(len(training_nhwc), seed) if stages else None
     for evidence in evidence_of(scorer, training_nhwc):
         if pixels is not None:
             pixels.add(evidence.denoising)
         for moments, cells in zip(features, vectors(evidence) if features else [], strict=True):
             moments.add(cells)
-    return place_gaussians(pixels) if pixels else None, [place_gaussians(moments) for moments in features]
+        if candidates is not None:
+            candidates.add(evidence.features)
+    return (
+        place_gaussians(pixels) if pixels else None,
+        [place_gaussians(moments) for moments in features],
+        _context(scorer, stages, candidates) if candidates else None,
+    )
 
 
-def _mixtures(
-    scoring: ScoringConfig, pixel: NormalGaussian | None, gaussians: Sequence[NormalGaussian], subtract: bool
-) -> list[Measure]:
-    """Measures with each reach and weight of the context that the config allows; gaussians: of details and perhaps of context."""
+def _context(scorer: Scorer, stages: Sequence[int], candidates: Candidates) -> NearestNormal:
+    config, selector = scorer.config, scorer.extractor.selector
+    return nearest_normal(
+        candidates.rows(),
+        [selector([stage]).any(0).to(scorer.device) for stage in stages],
+        scorer.denoiser.feature_std.flatten(),
+        config.scoring.context_cells,
+        config.training.seed,
+    )
+
+
+def _mixtures(scoring: ScoringConfig, details: Measure, context: NearestNormal | None) -> list[Measure]:
+    """The measure with each reach and weight of the context that the config allows."""
+    assert details.feature is not None
     reaches: Sequence[int] = (0,)
-    if gaussians[0].by_place:
+    if details.feature.by_place:
         reaches = REACHES if scoring.place_reach is None else (scoring.place_reach,)
     weights: Sequence[float] = (0.0,)
-    if len(gaussians) > 1:
+    if context is not None:
         weights = CONTEXT_WEIGHTS if scoring.context_weight is None else (scoring.context_weight,)
     return [
-        Measure(pixel, gaussians[0], subtract, gaussians[1] if weight > 0 else None, weight, reach)
+        details._replace(context=context if weight > 0 else None, context_weight=weight, reach=reach)
         for reach in reaches
         for weight in weights
     ]

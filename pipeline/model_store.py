@@ -24,8 +24,10 @@ from pipeline.errors import UserError
 from pipeline.storage import Location
 from pipeline.storage_checks import require_exists
 
-FORMAT = 4
-"""Version of the files' layout; a reader refuses a higher one."""
+FORMAT = 5
+"""Version of the files' layout; a reader refuses a higher one, and models of a lower one that measure context otherwise."""
+CELLS_SINCE = 5
+"""The format since which context is measured by kept cells."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def model_info(models: Location, category: str, version: str | None = None) -> M
         folder = models / category / str(version)
         text = (folder / "model.json").read_json()
         newer, trained_for = text["format"] > FORMAT, text["category"]
+        outdated = text["format"] < CELLS_SINCE and text["context_weight"] > 0
     except FileNotFoundError as error:
         known = model_categories(models)
         if category in known:
@@ -146,6 +149,8 @@ def model_info(models: Location, category: str, version: str | None = None) -> M
         raise UserError(f"the model of {category!r} in {models} is damaged ({error}): train it again") from error
     if newer:
         raise UserError(f"{folder} has format {text['format']}, newer than this release reads: upgrade defectmap")
+    if outdated:
+        raise UserError(f"{folder} measures context as this release no longer does: train the category again")
     if trained_for != category:
         raise UserError(
             f"{folder} was trained for category {trained_for!r}, not {category!r}: "

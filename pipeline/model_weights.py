@@ -17,12 +17,13 @@ from pipeline.errors import UserError
 from pipeline.features import FeatureExtractor
 from pipeline.gaussian import NormalGaussian
 from pipeline.model_store import FORMAT, ModelInfo
+from pipeline.nearest import NearestNormal
 from pipeline.scoring import Calibration, Measure, Scorer
 from pipeline.storage import Location
 
 _TENSORS = ("pixel_mean", "pixel_std", "feature_mean", "feature_std", "normal_scores")
 _NUMBERS = ("alpha", "top_pixels", "threshold", "pixel_threshold", "false_alarms_low", "false_alarms_high")
-_GAUSSIANS = ("pixel", "feature", "context")
+_GAUSSIANS = ("pixel", "feature")
 
 
 def save_model(
@@ -46,6 +47,8 @@ def save_model(
             tensors |= {f"{branch}_gaussian.{name}": tensor for name, tensor in asdict(gaussian).items()}
             if gaussian.by_place:  # rounded to this when fitted; the largest part of a model
                 tensors[f"{branch}_gaussian.whitening"] = gaussian.whitening.half()
+    if measure.context is not None:
+        tensors |= {f"context.{name}": tensor for name, tensor in asdict(measure.context).items()}
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     (folder / "weights.safetensors").write_bytes(save_tensors(plain))
     (folder / "model.json").write_json(
@@ -81,10 +84,12 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
             branch: NormalGaussian(**{name: tensor.float() for name, tensor in part.items()}) if part else None
             for branch, part in parts.items()
         }
+        context = {name: tensor.float() for name, tensor in _under("context.", tensors).items()}
         measure = Measure(
             subtract_prediction=info.subtract_prediction,
             context_weight=info.context_weight,
             reach=info.reach,
+            context=NearestNormal(**context) if context else None,
             **gaussians,
         )
         known: dict[str, Any] = {**_under("calibration.", tensors), **info.calibration}

@@ -33,7 +33,7 @@ SMALL_NETWORK = NetworkConfig(
 SHORT_TRAINING = TrainingConfig(iterations=400, batch_size=4, learning_rate=4e-4, ema_decay=0.99, max_timestep=450)
 """Some ten minutes of theirs."""
 
-STUDIED_FEATURES = FeatureConfig(context_stages=(4,), input_size=512, grid=64, neighbourhood=3)
+STUDIED_FEATURES = FeatureConfig(context_stages=(3, 4), input_size=512, grid=64, neighbourhood=3)
 STUDIED_SCORING = ScoringConfig(
     timesteps=(5, 25),
     alpha=None,

@@ -124,8 +124,9 @@ class Restorer:
 
         def distance(x: Tensor) -> Tensor:
             denoiser = self.scorer.denoiser
-            vectors = denoiser.target(denoiser.features(self.scorer.extractor, enlarged(x))) - expected
-            return vectors.square().mean(1) if measure.feature is None else measure.of_features(vectors)
+            features = denoiser.target(denoiser.features(self.scorer.extractor, enlarged(x)))
+            vectors = features - expected
+            return vectors.square().mean(1) if measure.feature is None else measure.of_features(features, vectors)
 
         def is_normal(x: Tensor) -> Tensor:
             left = self._anomalous(self.scorer.score(shown(x)).maps).any((1, 2))

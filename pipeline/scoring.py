@@ -17,10 +17,16 @@ from pipeline.evidence import Evidence, evidence_source
 from pipeline.features import FeatureExtractor
 from pipeline.gaussian import NormalGaussian
 from pipeline.images import to_unit_range
+from pipeline.nearest import NearestNormal
 from pipeline.smoothing import gaussian_blur
 
 Distance = Callable[..., Tensor]
-"""Of a Gaussian, cells and a reach, as `NormalGaussian.distance`."""
+"""As `distance_from`."""
+
+
+def distance_from(normal: NormalGaussian | NearestNormal, cells: Tensor, *reach: int) -> Tensor:
+    """How far cells (N, C, G, G) lie from what is normal: (N, G, G). reach: as a Gaussian takes it."""
+    return normal.distance(cells, *reach)
 
 
 class Measure(NamedTuple):
@@ -31,22 +37,23 @@ class Measure(NamedTuple):
     feature: NormalGaussian | None
     """Measures residuals or features; None takes `Evidence.feature`, as published."""
     subtract_prediction: bool
-    """Whether `feature` and `context` measure residuals rather than features."""
-    context: NormalGaussian | None = None
-    """Measures deeper stages of the same vectors, which see more of the surroundings."""
+    """Whether `feature` measures residuals rather than features."""
+    context: NearestNormal | None = None
+    """Measures deeper stages of the features, which see more of the surroundings."""
     context_weight: float = 0.0
     """Share of `context` in the feature map; distances are about 1 for normal cells in both."""
     reach: int = 0
-    """Cells that a part may lie from its place, where `feature` is by place; `context` sees so far anyway."""
+    """Cells that a part may lie from its place, where `feature` is by place."""
 
-    def of_features(self, vectors: Tensor, distance: Distance = NormalGaussian.distance) -> Tensor:
-        """How far residuals or features (N, C, G, G) lie from normal ones: (N, G, G), where there is a Gaussian of them.
+    def of_features(self, features: Tensor, vectors: Tensor, distance: Distance = distance_from) -> Tensor:
+        """How far features (N, C, G, G) lie from normal ones: (N, G, G), where there is a Gaussian of them.
 
-        distance: `NormalGaussian.distance`, or one that remembers what it found.
+        vectors: what it measures, the features or their residuals. distance: `distance_from`, or one that remembers what it
+        found.
         """
         assert self.feature is not None
         found = distance(self.feature, vectors, self.reach)
-        return found if self.context is None else found.lerp(distance(self.context, vectors), self.context_weight)
+        return found if self.context is None else found.lerp(distance(self.context, features), self.context_weight)
 
 
 class BranchMaps(NamedTuple):
@@ -156,9 +163,7 @@ class Scorer:
         return F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
 
     @torch.inference_mode()
-    def branch_maps(
-        self, evidence: Evidence, measure: Measure, distance: Distance = NormalGaussian.distance
-    ) -> BranchMaps:
+    def branch_maps(self, evidence: Evidence, measure: Measure, distance: Distance = distance_from) -> BranchMaps:
         """The two maps of N images: the evidence as published, smoothed KL (Lu et al. 2023, section 3.1) and squared feature
         residuals (eq. 10) of every noise scale or the distances from the restored image, or the distances of denoising and
         features from normal, one map each. distance: as `Measure.of_features` takes it."""
@@ -170,7 +175,7 @@ class Scorer:
         if measure.feature is None:
             return BranchMaps(pixel, evidence.feature)
         vectors = evidence.residuals if measure.subtract_prediction else evidence.features
-        return BranchMaps(pixel, measure.of_features(vectors, distance)[:, None])
+        return BranchMaps(pixel, measure.of_features(evidence.features, vectors, distance)[:, None])
 
     @torch.inference_mode()
     def maps(self, branches: BranchMaps, calibration: Calibration) -> Maps:

@@ -176,12 +176,12 @@ def test_details_and_context_are_measured_in_their_own_stages(calibrated, fresh,
     split = {"stages": (0,), "context_stages": (1,)}
     mixed = calibrated(features=split, scoring=settings | {"context_weight": 0.25})
     measure, evidence = mixed.calibration.measure, mixed.evidence(fresh[:2])
-    detail, context = measure.feature.distance(evidence.residuals, reach), measure.context.distance(evidence.residuals)
+    detail, context = measure.feature.distance(evidence.residuals, reach), measure.context.distance(evidence.features)
     torch.testing.assert_close(mixed.branch_maps(evidence, measure).feature[:, 0], 0.75 * detail + 0.25 * context)
-    other = evidence.residuals.clone()
-    other[:, 16:] = 0  # channels of stage 1
-    torch.testing.assert_close(measure.feature.distance(other, reach), detail)
-    assert not torch.allclose(measure.context.distance(other), context)
+    residuals, features = evidence.residuals.clone(), evidence.features.clone()
+    residuals[:, 16:], features[:, :16] = 0, 0  # channels of stage 1, and of stage 0
+    torch.testing.assert_close(measure.feature.distance(residuals, reach), detail)
+    torch.testing.assert_close(measure.context.distance(features), context)
     without = calibrated(features=split, scoring=settings)
     assert without.calibration.measure.context is None
     torch.testing.assert_close(without.calibration.measure.feature.whitening, measure.feature.whitening)

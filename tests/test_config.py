@@ -170,13 +170,13 @@ def test_ways_of_scoring_have_their_own_pixel_branches():
 
 
 def test_digests_leave_out_what_a_way_of_scoring_does_not_look_at():
-    earlier = load_config("fast", ["scoring.place_reach=0"])
-    assert earlier.digest() == "81c55d58e223", "models of earlier releases count as trained with what they knew"
-    assert earlier.digest() != load_config("fast").digest()
-    assert load_config("fast", ["scoring.covariance=general"]).digest() == "c97c976070dd", (
-        "there reach is not looked at"
-    )
     texture = load_config("texture")
+    assert texture.digest() == "ffed4e33692a", "models of earlier releases count as trained with what they knew"
+    assert texture.digest() != load_config("texture", ["scoring.place_reach=1"]).digest()
+    general = ["scoring.covariance=general", "features.context_stages=[4]", "scoring.context_weight=0"]
+    for unasked in ("scoring.place_reach=0", "scoring.context_cells=7"):
+        assert load_config("fast", [*general, unasked]).digest() == "83699213ea31"
+    assert load_config("fast").digest() != load_config("fast", ["scoring.context_cells=7"]).digest()
     assert texture.digest() != load_config("texture", ["scoring.restoration.weight=1"]).digest()
     stored = texture.model_copy(update={"training": texture.training.model_copy(update={"max_timestep": 100})})
     assert Config.model_validate_json(stored.model_dump_json()) == stored, "what is stored stays readable"

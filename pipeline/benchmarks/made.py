@@ -12,7 +12,7 @@ from pipeline.calibration import measured
 from pipeline.config import Config
 from pipeline.denoiser import Denoiser
 from pipeline.features import FeatureExtractor
-from pipeline.measures import REACHES, fit_measures
+from pipeline.measures import CONTEXT_WEIGHTS, REACHES, fit_measures
 from pipeline.scoring import Scorer
 from pipeline.textures import photograph
 
@@ -66,7 +66,7 @@ def settled(config: Config) -> Config:
         "prediction": "subtract" if scoring.prediction == "select" else scoring.prediction,
         "covariance": "place" if scoring.covariance == "select" else scoring.covariance,
         "place_reach": REACHES[-1] if scoring.place_reach is None else scoring.place_reach,
-        "context_weight": 0.25 if scoring.context_weight is None else scoring.context_weight,
+        "context_weight": CONTEXT_WEIGHTS[-1] if scoring.context_weight is None else scoring.context_weight,
     }
     if not config.features.context_stages:
         choices["context_weight"] = 0.0

@@ -1,0 +1,120 @@
+"""Normal cells kept as they are: how far a vector at a cell lies from the nearest of them, wherever that was seen.
+
+PatchCore's memory (Roth et al. 2022). A Gaussian says what belongs at a place; this says what belongs to the product at
+all, which counts where parts turn or move. It works at half the side of the feature map: deep stages are no finer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.features import resize_features
+
+CANDIDATES = 40_000
+"""Cells of normal photographs that the kept ones are chosen from."""
+SKETCH = 64
+"""Random directions in which candidates are compared with each other, as Roth et al. 2022 do: many times as fast."""
+
+
+@dataclass(frozen=True, eq=False)
+class NearestNormal:
+    """Some cells of normal photographs; float32 on one device."""
+
+    scale: Tensor
+    """(C,): channels are multiplied by it; 0 leaves one out."""
+    cells: Tensor
+    """(M, c): kept cells, scaled, of the channels from the first to the last that are not left out."""
+
+    @cached_property
+    def _channels(self) -> slice:
+        return span(self.scale)
+
+    def distance(self, cells: Tensor) -> Tensor:
+        """Squared distance from the nearest normal cell, (N, C, G, G) -> (N, G, G): about 1 for normal cells."""
+        grid = cells.shape[-1]
+        coarse = coarser(cells[:, self._channels]) * self.scale[self._channels, None, None]
+        # Image by image, so that none's rounding depends on how many there are.
+        found = [nearest_distance(image, self.cells) for image in coarse.permute(0, 2, 3, 1).flatten(1, 2)]
+        maps = torch.stack(found).unflatten(1, coarse.shape[-2:])
+        return F.interpolate(maps[:, None], size=(grid, grid), mode="bilinear", align_corners=False)[:, 0]
+
+
+def span(scale: Tensor) -> slice:
+    """The channels from the first to the last that a scale (C,) does not leave out."""
+    used = scale.nonzero().flatten().tolist()
+    return slice(used[0], used[-1] + 1)
+
+
+def coarser(cells: Tensor) -> Tensor:
+    """(N, C, G, G) at half the side."""
+    return resize_features(cells, max(1, cells.shape[-1] // 2))
+
+
+def nearest_distance(rows: Tensor, kept: Tensor) -> Tensor:
+    """Squared Euclidean distance of each row (P, c) from the nearest of the kept ones (M, c); (P,)."""
+    products = torch.addmm(kept.square().sum(1), rows, kept.T, alpha=-2)
+    return (products.amin(1) + rows.square().sum(1)).clamp(min=0)
+
+
+class Candidates:
+    """Cells of normal photographs, as many of each, drawn at random."""
+
+    def __init__(self, photographs: int, seed: int) -> None:
+        self.per_photograph = max(1, CANDIDATES // photographs)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.drawn: list[Tensor] = []
+
+    def add(self, cells: Tensor) -> None:
+        """Take photographs (N, C, G, G) into account."""
+        for image in coarser(cells).flatten(2):
+            chosen = torch.randperm(image.shape[1], generator=self.generator)[: self.per_photograph]
+            self.drawn.append(image[:, chosen.to(image.device)].T)
+
+    def rows(self) -> Tensor:
+        """(n, C)."""
+        return torch.cat(self.drawn)
+
+
+def nearest_normal(
+    rows: Tensor, stages: Sequence[Tensor], channel_scale: Tensor, count: int, seed: int
+) -> NearestNormal:
+    """Keep `count` cells, at most half, of candidates (n, C), n >= 2, such that the others lie near one of them.
+
+    stages: for each stage that counts, bool (C,), its channels. Within a stage channels count as the extractor gives them,
+    `channel_scale` (C,) being what they were divided by; stages count alike, by their variance.
+    """
+    raw = rows * channel_scale
+    scale = torch.zeros_like(channel_scale)
+    for channels in stages:
+        total = raw[:, channels].var(0).sum().clamp(min=1e-12)
+        scale[channels] = channel_scale[channels] / total.sqrt()
+    used = span(scale)
+    scaled = rows[:, used] * scale[used]
+    chosen = spread_out(scaled, min(count, len(scaled) // 2), seed)
+    others = torch.ones(len(scaled), dtype=torch.bool, device=rows.device)
+    others[chosen] = False
+    kept = scaled[chosen]
+    # So that normal cells lie at about 1, as from Gaussians.
+    unit = nearest_distance(scaled[others], kept).mean().clamp(min=1e-12).rsqrt()
+    return NearestNormal(scale * unit, kept * unit)
+
+
+def spread_out(rows: Tensor, count: int, seed: int) -> Tensor:
+    """Roth et al. 2022, algorithm 1: greedily, each time the row (n, c) farthest from those chosen; int64 (count,)."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(rows.shape[1], SKETCH, generator=generator).to(rows.device) / SKETCH**0.5
+    sketch = rows @ directions
+    lengths = sketch.square().sum(1)
+    nearest = torch.full_like(lengths, torch.inf)
+    chosen = torch.zeros(count, dtype=torch.int64, device=rows.device)
+    for place in range(1, count):
+        last = chosen[place - 1]
+        nearest = torch.minimum(nearest, lengths - 2 * (sketch @ sketch[last]) + lengths[last])
+        chosen[place] = nearest.argmax()
+    return chosen
