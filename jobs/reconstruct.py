@@ -12,7 +12,7 @@ from pipeline.command import OK, PARTIAL_FAILURE, console, run
 from pipeline.datasets import Layout, categories, detect_layout
 from pipeline.errors import UserError
 from pipeline.evaluation import labelled_archive
-from pipeline.model_store import model_categories, model_info
+from pipeline.model_store import model_categories, scoring_model
 from pipeline.progress import ScoringProgress, show_totals, size_text
 from pipeline.ray_session import ray_session
 from pipeline.restoration_methods import METHODS, MethodName, require_able
@@ -67,7 +67,7 @@ def reconstruct(options: Options) -> int:
     archives, masks = labelled(options) if options.dataset else (given(options), None)
     plan = BatchPlan(
         archives=archives,
-        models={category: model_info(models, category) for category in sorted({each.category for each in archives})},
+        models={category: scoring_model(models, category) for category in sorted({each.category for each in archives})},
         results=output,
         night="",
         map_format="none",

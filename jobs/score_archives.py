@@ -14,7 +14,7 @@ from pipeline.batch import score_archives
 from pipeline.batch_plan import BatchPlan, all_committed_shards, check_options
 from pipeline.command import OK, PARTIAL_FAILURE, TRY_AGAIN, console, run
 from pipeline.errors import UserError
-from pipeline.model_store import ModelInfo, model_info
+from pipeline.model_store import ModelInfo, scoring_model
 from pipeline.night_lock import LockLostError, hold_night
 from pipeline.progress import ScoringProgress, show_totals, size_text
 from pipeline.ray_session import ray_session
@@ -57,7 +57,7 @@ class Options:
 
 def models_for(archives: list[Archive], models: Location) -> dict[str, ModelInfo]:
     """The latest model of every category among the archives. Raises UserError when one is missing."""
-    return {category: model_info(models, category) for category in sorted({a.category for a in archives})}
+    return {category: scoring_model(models, category) for category in sorted({a.category for a in archives})}
 
 
 def score(options: Options) -> int:

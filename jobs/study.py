@@ -18,7 +18,7 @@ from pipeline.datasets import Layout, detect_layout, labelled_records, training_
 from pipeline.errors import UserError
 from pipeline.images import ImageError, decode_mask, resize_mask
 from pipeline.measures import fit_measures
-from pipeline.model_store import model_categories, model_info
+from pipeline.model_store import model_categories, scoring_model
 from pipeline.model_weights import load_scorer
 from pipeline.selection import summary
 from pipeline.storage import Location
@@ -56,7 +56,7 @@ def study(options: Options) -> int:
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {options.device}: PyTorch sees no GPU here; use cpu")
     for category in chosen:
-        info = model_info(models, category)
+        info = scoring_model(models, category)
         labelled = len(labelled_records(dataset, layout, category))
         console.print(f"  {category}: model {info.version}, {labelled} labelled images", markup=False)
     if options.dry_run:
@@ -79,7 +79,7 @@ def study_category(
     dataset: Location, layout: Layout, models: Location, category: str, device: str
 ) -> list[dict[str, Any]]:
     """Every measure and weight of the pixel branch, with its figures on implanted and on labelled defects."""
-    info = model_info(models, category)
+    info = scoring_model(models, category)
     scorer = load_scorer(info, device=device)
     assert scorer.calibration is not None
     feature = scorer.calibration.measure.feature
@@ -108,7 +108,7 @@ def study_category(
             except ImageError as error:
                 raise UserError(f"{record.mask}: {error}: replace it") from error
     implants = judged_images(normal[held_out], config.training.seed)
-    measures = fit_measures(scorer, normal[training])
+    measures = fit_measures(scorer, normal[training], info.turned)
     rows = []
     for judged in (implants, Judged(labelled, masks, np.ones((1, len(labelled)), bool))):
         candidates = measured(scorer, measures, normal[held_out], judged.images)

@@ -37,6 +37,8 @@ class Choice:
     context_weight: float
     reach: int
     """Cells that a part may lie from its place."""
+    turned: bool
+    """Whether Gaussians of places learned from turned photographs, too."""
     alpha: float
     top_pixels: int
     pixel_auroc: float
@@ -133,6 +135,7 @@ def judge(scorer: Scorer, candidate: Candidate, judged: Judged) -> list[Choice]:
             subtract_prediction=measure.subtract_prediction,
             context_weight=measure.context_weight,
             reach=measure.reach,
+            turned=measure.turned,
             alpha=alpha,
             top_pixels=top,
             pixel_auroc=_mean([figures["pixel_auroc"] for figures in found[alpha]]),

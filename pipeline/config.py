@@ -64,6 +64,15 @@ class FeatureConfig(Section):
     standardise: bool = True
     """Scale each channel to zero mean and unit variance over the training images. Off: raw features, as published."""
 
+    def of_network(self) -> dict[str, Any]:
+        """What the network is trained with: `stages` are all that are extracted, since only scoring tells context apart."""
+        return self.model_dump(mode="json", exclude={"context_stages"}) | {"stages": self.extracted_stages}
+
+    @property
+    def extracted_stages(self) -> list[int]:
+        """Stages and context stages, ascending."""
+        return sorted({*self.stages, *self.context_stages})
+
 
 class TrainingConfig(Section):
     """Optimisation of one category."""
@@ -153,14 +162,17 @@ class ScoringConfig(Section):
     """Weight in the feature branch of how far `features.context_stages` lie from the nearest of the kept normal cells;
     `features.stages` have the rest. null: each model takes the one that finds defects implanted in its held-out normal images
     best."""
-    context_cells: int = Field(2000, ge=1)
-    """Normal cells that are kept; half of them where a category has fewer than two for each."""
+    context_cells: int = Field(2000, ge=1, le=20_000)
+    """Normal cells that are kept for that; at most half of those that the training photographs have."""
     place_dimensions: int = Field(100, ge=1)
     """Random directions kept for the Gaussian of each place; memory grows with the square."""
     place_reach: int | None = Field(0, ge=0, le=8)
     """Cells, rows plus columns, that a part may lie from where it usually does: features but for context are measured under the
     Gaussian of the place so near that expects them most; time and memory grow with the square. null: each model takes none or
     one, whichever finds defects implanted in its held-out normal images best."""
+    place_turns: bool | None = False
+    """Whether Gaussians of places learn from photographs turned by quarter turns, too: for products that lie in any direction.
+    null: each model does where features alone then find defects implanted in its held-out normal images better."""
     map_sigma: float = Field(0.0, ge=0)
     """Gaussian smoothing of the final map, in map pixels."""
     map_size: int = Field(256, ge=16)
@@ -173,12 +185,19 @@ class ScoringConfig(Section):
     batch_size: int = Field(8, ge=1)
     """Images per forward pass. Fixed (short batches are padded), so that a score never depends on its neighbours."""
 
+    @property
+    def by_place(self) -> bool:
+        """Whether features are measured, or may be, by Gaussians of places."""
+        return self.covariance in ("place", "select")
+
     def named(self) -> dict[str, Any]:
         """What digests are taken of: without what these settings do not ask, and without the first method's name and no reach, so
         that models of releases that knew no other keep their digests."""
         unasked = {"noise": {"method", "restoration"}, "features": {"restoration"}}.get(self.method, set())
-        if self.place_reach == 0 or self.covariance not in ("place", "select"):
+        if self.place_reach == 0 or not self.by_place:
             unasked |= {"place_reach"}
+        if self.place_turns is False or not self.by_place:
+            unasked |= {"place_turns"}
         if self.context_weight == 0:
             unasked |= {"context_cells"}
         return self.model_dump(mode="json", exclude=unasked)
@@ -232,10 +251,12 @@ class Config(Section):
             raise ValueError('scoring.prediction = "ignore": needs a scoring.covariance other than "none"')
         if self.features.context_stages and self.scoring.covariance == "none":
             raise ValueError('features.context_stages: need a scoring.covariance other than "none"')
-        if self.scoring.place_reach and self.scoring.covariance not in ("place", "select"):
+        if self.scoring.place_reach and not self.scoring.by_place:
             raise ValueError(
                 f'scoring.place_reach = {self.scoring.place_reach}: needs scoring.covariance "place" or "select"'
             )
+        if self.scoring.place_turns and not self.scoring.by_place:
+            raise ValueError('scoring.place_turns = True: needs scoring.covariance "place" or "select"')
         if self.scoring.context_weight and not self.features.context_stages:
             raise ValueError(f"scoring.context_weight = {self.scoring.context_weight}: needs features.context_stages")
         if max(self.scoring.timesteps) >= self.scoring.respaced_steps:

@@ -23,7 +23,7 @@ from pipeline.datasets import Layout, labelled_records
 from pipeline.errors import UserError
 from pipeline.images import decode_mask, resize_mask
 from pipeline.metrics import LocalizationMetrics
-from pipeline.model_store import model_info
+from pipeline.model_store import scoring_model
 from pipeline.night_files import EVALUATION
 from pipeline.results import iter_maps, read_scores
 from pipeline.storage import Location
@@ -64,7 +64,7 @@ def plan(
         archives.append(archive)
     batch = BatchPlan(
         archives=tuple(archives),
-        models={category: model_info(models, category) for category in categories},
+        models={category: scoring_model(models, category) for category in categories},
         results=results,
         night=EVALUATION,
         map_format="float16",

@@ -157,7 +157,7 @@ class Restoration(Source):
 
 
 class FeaturesAlone(Source):
-    """The extractor's features and nothing of the network, for the Gaussian of normal features by itself."""
+    """The extractor's features and nothing of the network, for what is measured of normal features alone."""
 
     def __call__(self, x: Tensor, n: int) -> Evidence:
         features = self.denoiser.target(self.denoiser.features(self.extractor, x))[:n]

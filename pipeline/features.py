@@ -79,7 +79,7 @@ class FeatureExtractor(nn.Module):
         """The extractor that a config describes. Raises UserError as load_backbone does."""
         return cls(
             config.extractor,
-            stages=sorted({*config.stages, *config.context_stages}),
+            stages=config.extracted_stages,
             grid=config.grid,
             neighbourhood=config.neighbourhood,
             input_size=config.input_size,

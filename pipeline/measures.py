@@ -9,22 +9,27 @@ from torch import Tensor
 
 from pipeline.config import ScoringConfig
 from pipeline.gaussian import Moments, NormalGaussian, general_gaussian, place_gaussians, place_projection
-from pipeline.nearest import Candidates, NearestNormal, nearest_normal
+from pipeline.nearest import NearestNormal, SampledCells, nearest_normal
 from pipeline.scoring import Evidence, Measure, Scorer
 
 CONTEXT_WEIGHTS = (0.0, 0.5, 0.75)
 """Weights of the context in the feature branch that are tried where a model chooses its own."""
 REACHES = (0, 1)
 """Cells that parts may lie from their places that are tried where a model chooses its own."""
+TURNS = 4
+"""Directions by quarter turns. Mirrored photographs would be another product where it is not symmetric, such as a screw."""
 GENERAL_IMAGES = 32
 """Training photographs that shape the Gaussians for all places."""
 
 Vectors = Callable[[Evidence], list[Tensor]]
-"""What Gaussians measure of an image's features: with the prediction subtracted, or not, or either."""
+"""What Gaussians measure of an image's features: with the prediction subtracted, or not, or both."""
 
 
-def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Measure]:
-    """The measures that the config allows, taught by training photographs, uint8 (n, map_size, map_size, 3)."""
+def fit_measures(scorer: Scorer, training_nhwc: np.ndarray, turned: bool = False) -> list[Measure]:
+    """The measures that the config allows, taught by training photographs, uint8 (n, map_size, map_size, 3).
+
+    turned: whether Gaussians of places see each photograph in all directions.
+    """
     scoring = scorer.config.scoring
     subtract = {"subtract": [True], "ignore": [False], "select": [True, False]}[scoring.prediction]
     if scoring.covariance == "none":
@@ -34,15 +39,19 @@ def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Measure]:
         return [evidence.residuals if subtracted else evidence.features for subtracted in subtract]
 
     of_pixels, generals = _general_gaussians(scorer, training_nhwc, len(subtract), vectors)
-    pixel, places, context = _of_all_photographs(scorer, training_nhwc, of_pixels, generals, vectors)
+    by_place = generals if scoring.by_place else []
+    stages = scorer.config.features.context_stages if subtract and scoring.context_weight != 0 else ()
+    pixel, places, context = _of_all_photographs(
+        scorer, training_nhwc, of_pixels, by_place, stages, vectors, TURNS if turned else 1
+    )
     if not subtract:
-        return [Measure(pixel, None, True)]
+        return [Measure(pixel, None, True, turned=turned)]
     kept = {"general": [generals], "place": [places], "select": [generals, places]}[scoring.covariance]
     return [
         measure
         for gaussians in kept
         for subtracted, gaussian in zip(subtract, gaussians, strict=True)
-        for measure in _mixtures(scoring, Measure(pixel, gaussian, subtracted), context)
+        for measure in _mixtures(scoring, Measure(pixel, gaussian, subtracted, turned=turned), context)
     ]
 
 
@@ -76,39 +85,39 @@ def _of_all_photographs(
     training_nhwc: np.ndarray,
     of_pixels: NormalGaussian | None,
     of_features: Sequence[NormalGaussian],
+    context_stages: Sequence[int],
     vectors: Vectors,
+    turns: int,
 ) -> tuple[NormalGaussian | None, list[NormalGaussian], NearestNormal | None]:
-    """What takes all photographs, where settings ask for it: a Gaussian for each place, whitened by that for all places, of the
-    pixel branch and of the features, and the context's cells."""
+    """What takes all photographs: a Gaussian for each place, whitened by the given one for all places, of the pixel branch and
+    of features, of photographs in so many directions, and the cells that are kept of the context's stages."""
     scoring, seed = scorer.config.scoring, scorer.config.training.seed
-    stages = scorer.config.features.context_stages if of_features and scoring.context_weight != 0 else ()
-    if scoring.covariance not in ("place", "select"):
-        of_features = []
-    if of_pixels is None and not of_features and not stages:
+    if of_pixels is None and not of_features and not context_stages:
         return None, [], None
     pixels = Moments(of_pixels.whitening[0], by_place=True) if of_pixels else None
     features = [
         Moments(place_projection(gaussian, scoring.place_dimensions, seed), by_place=True) for gaussian in of_features
     ]
-    candidates = Candidates(len(training_nhwc), seed) if stages else None
-    for evidence in evidence_of(scorer, training_nhwc):
-        if pixels is not None:
-            pixels.add(evidence.denoising)
-        for moments, cells in zip(features, vectors(evidence) if features else [], strict=True):
-            moments.add(cells)
-        if candidates is not None:
-            candidates.add(evidence.features)
+    sampled = SampledCells(len(training_nhwc), seed) if context_stages else None
+    for turn in range(turns):
+        for evidence in evidence_of(scorer, np.rot90(training_nhwc, turn, axes=(1, 2))):
+            if pixels is not None:
+                pixels.add(evidence.denoising)
+            for moments, cells in zip(features, vectors(evidence) if features else [], strict=True):
+                moments.add(cells)
+            if sampled is not None and turn == 0:
+                sampled.add(evidence.features)
     return (
         place_gaussians(pixels) if pixels else None,
         [place_gaussians(moments) for moments in features],
-        _context(scorer, stages, candidates) if candidates else None,
+        _context(scorer, context_stages, sampled.samples()) if sampled else None,
     )
 
 
-def _context(scorer: Scorer, stages: Sequence[int], candidates: Candidates) -> NearestNormal:
+def _context(scorer: Scorer, stages: Sequence[int], samples: Tensor) -> NearestNormal:
     config, selector = scorer.config, scorer.extractor.selector
     return nearest_normal(
-        candidates.rows(),
+        samples,
         [selector([stage]).any(0).to(scorer.device) for stage in stages],
         scorer.denoiser.feature_std.flatten(),
         config.scoring.context_cells,

@@ -25,9 +25,9 @@ from pipeline.storage import Location
 from pipeline.storage_checks import require_exists
 
 FORMAT = 5
-"""Version of the files' layout; a reader refuses a higher one, and models of a lower one that measure context otherwise."""
-CELLS_SINCE = 5
-"""The format since which context is measured by kept cells."""
+"""Version of the files' layout; a reader refuses a higher one."""
+CONTEXT_OF_CELLS = 5
+"""The first format whose models measure context by kept cells."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,10 @@ class ModelInfo:
     """Scores of the held-out normal photographs, ascending; none in models of early releases."""
     reach: int = 0
     """Cells that a part may lie from its place; none in models of early releases."""
+    turned: bool = False
+    """Whether Gaussians of places learned from turned photographs, too."""
+    outdated: bool = False
+    """Whether it was calibrated for a measure that this release no longer has; its network is as good as ever."""
 
 
 def new_version(config: Config, now: datetime) -> str:
@@ -130,6 +134,17 @@ def model_categories(models: Location) -> list[str]:
     return found
 
 
+def scoring_model(models: Location, category: str) -> ModelInfo:
+    """The model in use, to score with. Raises UserError as model_info does, and where its calibration is outdated."""
+    info = model_info(models, category)
+    if info.outdated:
+        raise UserError(
+            f"{info.location} was calibrated for what this release measures otherwise: "
+            "run jobs/train_all.py with --calibrate-only, or train the category again"
+        )
+    return info
+
+
 def model_info(models: Location, category: str, version: str | None = None) -> ModelInfo:
     """The named version of a category's model, by default the latest. Raises UserError when it is not there or not readable."""
     require_exists(models, "models folder")
@@ -138,7 +153,6 @@ def model_info(models: Location, category: str, version: str | None = None) -> M
         folder = models / category / str(version)
         text = (folder / "model.json").read_json()
         newer, trained_for = text["format"] > FORMAT, text["category"]
-        outdated = text["format"] < CELLS_SINCE and text["context_weight"] > 0
     except FileNotFoundError as error:
         known = model_categories(models)
         if category in known:
@@ -149,8 +163,6 @@ def model_info(models: Location, category: str, version: str | None = None) -> M
         raise UserError(f"the model of {category!r} in {models} is damaged ({error}): train it again") from error
     if newer:
         raise UserError(f"{folder} has format {text['format']}, newer than this release reads: upgrade defectmap")
-    if outdated:
-        raise UserError(f"{folder} measures context as this release no longer does: train the category again")
     if trained_for != category:
         raise UserError(
             f"{folder} was trained for category {trained_for!r}, not {category!r}: "
@@ -171,6 +183,8 @@ def model_info(models: Location, category: str, version: str | None = None) -> M
             provenance=text["provenance"],
             normal_scores=tuple(text.get("normal_scores", ())),
             reach=text.get("reach", 0),
+            turned=text.get("turned", False),
+            outdated=text["format"] < CONTEXT_OF_CELLS and text["context_weight"] > 0,
         )
     except (ValidationError, KeyError) as error:
         first = "; ".join(line.strip() for line in str(error).splitlines()[:3])

@@ -93,6 +93,7 @@ def networks_in_use(
     for category in group:
         info = model_info(models, category)
         stored, asked = (each.model_dump(mode="json", exclude={"preset", "scoring"}) for each in (info.config, config))
+        stored["features"], asked["features"] = info.config.features.of_network(), config.features.of_network()
         stored |= {"scoring.map_size": info.config.scoring.map_size, "categories": info.classes}
         stored["initial_weights"] = info.provenance.get("initial_weights")
         asked |= {"scoring.map_size": config.scoring.map_size, "categories": group if config.joint else None}

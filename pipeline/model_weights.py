@@ -61,6 +61,7 @@ def save_model(
             "subtract_prediction": measure.subtract_prediction,
             "context_weight": measure.context_weight,
             "reach": measure.reach,
+            "turned": measure.turned,
             "classes": None if classes is None else list(classes),
             "provenance": provenance,
             "selection": list(selection),
@@ -89,6 +90,7 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
             subtract_prediction=info.subtract_prediction,
             context_weight=info.context_weight,
             reach=info.reach,
+            turned=info.turned,
             context=NearestNormal(**context) if context else None,
             **gaussians,
         )

@@ -1,7 +1,8 @@
 """Normal cells kept as they are: how far a vector at a cell lies from the nearest of them, wherever that was seen.
 
 PatchCore's memory (Roth et al. 2022). A Gaussian says what belongs at a place; this says what belongs to the product at
-all, which counts where parts turn or move. It works at half the side of the feature map: deep stages are no finer.
+all, which counts where parts turn or move. It works at half the side of the feature map: the deep stages that it is meant
+for are no finer.
 """
 
 from __future__ import annotations
@@ -62,46 +63,49 @@ def nearest_distance(rows: Tensor, kept: Tensor) -> Tensor:
     return (products.amin(1) + rows.square().sum(1)).clamp(min=0)
 
 
-class Candidates:
-    """Cells of normal photographs, as many of each, drawn at random."""
+class SampledCells:
+    """Cells of normal photographs, as many of each, drawn at random: what is worth keeping is chosen from them."""
 
     def __init__(self, photographs: int, seed: int) -> None:
-        self.per_photograph = max(1, CANDIDATES // photographs)
+        self.of_each = max(1, CANDIDATES // photographs)
         self.generator = torch.Generator().manual_seed(seed)
         self.drawn: list[Tensor] = []
 
     def add(self, cells: Tensor) -> None:
         """Take photographs (N, C, G, G) into account."""
         for image in coarser(cells).flatten(2):
-            chosen = torch.randperm(image.shape[1], generator=self.generator)[: self.per_photograph]
+            chosen = torch.randperm(image.shape[1], generator=self.generator)[: self.of_each]
             self.drawn.append(image[:, chosen.to(image.device)].T)
 
-    def rows(self) -> Tensor:
-        """(n, C)."""
-        return torch.cat(self.drawn)
+    def samples(self) -> Tensor:
+        """(photographs, k, C)."""
+        return torch.stack(self.drawn)
 
 
 def nearest_normal(
-    rows: Tensor, stages: Sequence[Tensor], channel_scale: Tensor, count: int, seed: int
+    samples: Tensor, stages: Sequence[Tensor], channel_scale: Tensor, count: int, seed: int
 ) -> NearestNormal:
-    """Keep `count` cells, at most half, of candidates (n, C), n >= 2, such that the others lie near one of them.
+    """Keep `count` cells, at most half, of those sampled (P, k, C), P >= 2, such that the others lie near one of them.
 
     stages: for each stage that counts, bool (C,), its channels. Within a stage channels count as the extractor gives them,
     `channel_scale` (C,) being what they were divided by; stages count alike, by their variance.
     """
-    raw = rows * channel_scale
+    rows = samples.flatten(0, 1)
     scale = torch.zeros_like(channel_scale)
     for channels in stages:
-        total = raw[:, channels].var(0).sum().clamp(min=1e-12)
+        total = (rows[:, channels] * channel_scale[channels]).var(0).sum().clamp(min=1e-12)
         scale[channels] = channel_scale[channels] / total.sqrt()
     used = span(scale)
     scaled = rows[:, used] * scale[used]
-    chosen = spread_out(scaled, min(count, len(scaled) // 2), seed)
-    others = torch.ones(len(scaled), dtype=torch.bool, device=rows.device)
-    others[chosen] = False
-    kept = scaled[chosen]
-    # So that normal cells lie at about 1, as from Gaussians.
-    unit = nearest_distance(scaled[others], kept).mean().clamp(min=1e-12).rsqrt()
+    chosen = spread_out(scaled, max(1, min(count, len(scaled) // 2)), seed)
+    kept, owners = scaled[chosen], chosen // samples.shape[1]
+    # So that cells of new photographs lie at about 1, as from Gaussians: those of one are asked how far the others' lie.
+    distances = [
+        nearest_distance(photograph, kept[owners != owner])
+        for owner, photograph in enumerate(scaled.unflatten(0, samples.shape[:2]))
+        if (owners != owner).any()
+    ]
+    unit = torch.cat(distances).mean().clamp(min=1e-12).rsqrt()
     return NearestNormal(scale * unit, kept * unit)
 
 

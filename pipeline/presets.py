@@ -41,6 +41,7 @@ STUDIED_SCORING = ScoringConfig(
     prediction="select",
     covariance="select",
     place_reach=None,
+    place_turns=None,
     context_weight=None,
     map_sigma=2.0,
     top_pixels=None,

@@ -111,6 +111,7 @@ def versions_table(found: Sequence[StoredVersion]) -> Table:
             "recalibrated": "recalibrated" in known,
             "calibrated anew": "network_of" in known,
             "joint": info.classes,
+            "outdated": info.outdated,
         }
         remark = ", ".join(mark for mark, true in marks.items() if true)
         table.add_row(
@@ -131,6 +132,7 @@ def model_line(category: str, found: Mapping[str, Any], chosen: Mapping[str, Any
     prediction = "minus prediction " if found["subtract_prediction"] else ""
     notes = [f"{100 * found['context_weight']:g} % context"] if found["context_weight"] else []
     notes += [f"reach {found['reach']}"] if found["reach"] else []
+    notes += ["turned"] if found["turned"] else []
     details = f" ({', '.join(notes)})" if notes else ""
     settings = "".join(f", {name}={value}" for name, value in chosen.items())
     figures = " / ".join(f"{100 * found[name]:.1f}" for name in ("pixel_auroc", "pro_0.30", "image_auroc"))

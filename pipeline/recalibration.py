@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import ScoringConfig
 from pipeline.errors import UserError
-from pipeline.model_store import model_info, replace_threshold, weights_of
+from pipeline.model_store import model_info, replace_threshold, scoring_model, weights_of
 from pipeline.night_files import EVALUATION, partitions
 from pipeline.query import run_query
 from pipeline.review import Floats, Proposal, Review, propose
@@ -121,7 +121,7 @@ def apply(models: Location, scored: ScoredCategory, proposal: Proposal, review: 
     """
     proposed = proposal.proposed
     assert proposed is not None and proposed.false_alarm_rate is not None
-    used = model_info(models, scored.category)
+    used = scoring_model(models, scored.category)
     if weights_of(used) != weights_of(model_info(models, scored.category, scored.version)):
         raise UserError(
             f"{scored.category}: the night was scored by {scored.version}, in use is {used.version}, whose scores are others: "

@@ -44,12 +44,14 @@ class Measure(NamedTuple):
     """Share of `context` in the feature map; distances are about 1 for normal cells in both."""
     reach: int = 0
     """Cells that a part may lie from its place, where `feature` is by place."""
+    turned: bool = False
+    """Whether Gaussians of places learned from turned photographs, too."""
 
     def of_features(self, features: Tensor, vectors: Tensor, distance: Distance = distance_from) -> Tensor:
         """How far features (N, C, G, G) lie from normal ones: (N, G, G), where there is a Gaussian of them.
 
-        vectors: what it measures, the features or their residuals. distance: `distance_from`, or one that remembers what it
-        found.
+        vectors: what the Gaussian measures, the features or their residuals. distance: `distance_from`, or one that
+        remembers what it found.
         """
         assert self.feature is not None
         found = distance(self.feature, vectors, self.reach)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pipeline.calibration import calibrate, exceedance_interval, measured, prediction_bound
+from pipeline.calibration import calibrate, exceedance_interval, measured, prediction_bound, turns_help
 from pipeline.choice import ALPHAS, TOP_PIXELS, Judged, implanted, judge, judged_images
 from pipeline.measures import CONTEXT_WEIGHTS, fit_measures
 from pipeline.scoring import BranchMaps, Scorer
@@ -170,6 +170,50 @@ def test_places_may_reach_and_the_general_gaussian_has_none(fitted, variant, pho
         torch.testing.assert_close(found, measure.feature.distance(evidence.residuals, measure.reach))
 
 
+def test_gaussians_of_places_learn_from_photographs_in_four_directions(fitted, variant, photographs):
+    denoiser = fitted.result()
+    split = {"stages": (0,), "context_stages": (1,)}
+    asked = {"covariance": "select", "pixel": "gaussian", "place_dimensions": 7, "context_weight": 0.5}
+    denoiser.config = variant(features=split, scoring=asked)
+    scorer = Scorer(denoiser, fitted.extractor)
+    plain, turned = (fit_measures(scorer, photographs, turns) for turns in (False, True))
+    assert [m.turned for m in (*plain, *turned)] == [False] * 2 + [True] * 2
+    for before, after in zip(plain, turned, strict=True):
+        assert torch.equal(before.context.cells, after.context.cells)
+        assert not torch.allclose(before.pixel.mean, after.pixel.mean)
+        if not after.feature.by_place:
+            assert torch.equal(before.feature.whitening, after.feature.whitening)
+            continue
+        for turn in range(4):
+            evidence = scorer.evidence(np.rot90(photographs[:4], turn, axes=(1, 2)))
+            assert after.feature.distance(evidence.residuals).mean() < 1.2
+            assert (before.feature.distance(evidence.residuals).mean() > 1.5) == (turn in (1, 3)), "stripes turn by 180"
+
+
+@pytest.mark.parametrize("any_direction", [False, True])
+def test_turned_photographs_teach_where_products_lie_in_any_direction(
+    fitted, variant, photographs, held_out, any_direction
+):
+    rng = np.random.default_rng(0)
+    photographs, held_out = (
+        np.stack([np.rot90(image, rng.integers(4) if any_direction else 0) for image in images])
+        for images in (photographs, held_out)
+    )
+    denoiser = fitted.result()
+    for covariance, turns, expected in (
+        ("select", None, any_direction),
+        ("place", True, True),
+        ("place", False, False),
+        ("general", None, False),
+    ):
+        denoiser.config = variant(scoring={"covariance": covariance, "place_turns": turns, "place_dimensions": 7})
+        scorer = Scorer(denoiser, fitted.extractor)
+        assert turns_help(scorer, held_out, photographs, judged_images(held_out, seed=0)) == expected
+        assert scorer.config == denoiser.config
+    (turned,) = {choice.turned for choice in calibrate(scorer, held_out, photographs)}
+    assert turned == scorer.calibration.measure.turned
+
+
 @pytest.mark.parametrize(("covariance", "reach"), [("general", 0), ("place", 0), ("place", 1)])
 def test_details_and_context_are_measured_in_their_own_stages(calibrated, fresh, covariance, reach):
     settings = {"covariance": covariance, "place_dimensions": 7, "place_reach": reach, "alpha": 0.0, "map_sigma": 0.0}
@@ -182,6 +226,7 @@ def test_details_and_context_are_measured_in_their_own_stages(calibrated, fresh,
     residuals[:, 16:], features[:, :16] = 0, 0  # channels of stage 1, and of stage 0
     torch.testing.assert_close(measure.feature.distance(residuals, reach), detail)
     torch.testing.assert_close(measure.context.distance(features), context)
+    assert not torch.allclose(measure.context.distance(torch.zeros_like(features)), context)
     without = calibrated(features=split, scoring=settings)
     assert without.calibration.measure.context is None
     torch.testing.assert_close(without.calibration.measure.feature.whitening, measure.feature.whitening)

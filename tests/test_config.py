@@ -163,6 +163,7 @@ def test_ways_of_scoring_have_their_own_pixel_branches():
         ("fast", "scoring.restoration.eta=0", 'only scoring.method = "restoration" looks at it'),
         ("demo", "scoring.place_reach=1", 'needs scoring.covariance "place" or "select"'),
         ("gaussian", "scoring.place_reach=9", "less than or equal to 8"),
+        ("demo", "scoring.place_turns=true", 'needs scoring.covariance "place" or "select"'),
         ("gaussian", "scoring.prediction=subtract", 'and scoring.prediction = "ignore"'),
     ):
         with pytest.raises(UserError, match=told):
@@ -174,7 +175,7 @@ def test_digests_leave_out_what_a_way_of_scoring_does_not_look_at():
     assert texture.digest() == "ffed4e33692a", "models of earlier releases count as trained with what they knew"
     assert texture.digest() != load_config("texture", ["scoring.place_reach=1"]).digest()
     general = ["scoring.covariance=general", "features.context_stages=[4]", "scoring.context_weight=0"]
-    for unasked in ("scoring.place_reach=0", "scoring.context_cells=7"):
+    for unasked in ("scoring.place_reach=0", "scoring.place_turns=false", "scoring.context_cells=7"):
         assert load_config("fast", [*general, unasked]).digest() == "83699213ea31"
     assert load_config("fast").digest() != load_config("fast", ["scoring.context_cells=7"]).digest()
     assert texture.digest() != load_config("texture", ["scoring.restoration.weight=1"]).digest()

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from pipeline.calibration import calibrate
 from pipeline.errors import UserError
 from pipeline.model_store import (
     FORMAT,
@@ -23,9 +25,10 @@ from pipeline.model_store import (
     new_version,
     package_versions,
     replace_threshold,
+    scoring_model,
     weights_of,
 )
-from pipeline.model_versions import publish
+from pipeline.model_versions import networks_in_use, publish
 from pipeline.model_weights import load_scorer, save_model
 from pipeline.storage import Location
 
@@ -101,6 +104,46 @@ def test_models_of_releases_that_knew_no_reach_have_none(models, stored, scorer,
     info = model_info(models, "cloth")
     assert info.reach == 0
     np.testing.assert_array_equal(load_scorer(info).score(fresh).maps, scorer.score(fresh).maps)
+
+
+@pytest.mark.parametrize(("weight", "outdated"), [(0.25, True), (0.0, False)])
+def test_models_that_measured_context_otherwise_are_calibrated_again_before_they_score(
+    models, calibrated, photographs, held_out, weight, outdated
+):
+    by_place = {"covariance": "place", "place_dimensions": 7, "context_weight": weight}
+    scorer = calibrated(features={"stages": (0,), "context_stages": (1,)}, scoring=by_place)
+    folder = as_path(save_model(models, "cloth", "v1", scorer, None, {}))
+    publish(models, "cloth", "v1")
+    text = json.loads((folder / "model.json").read_text())
+    del text["config"]["scoring"]["context_cells"]
+    (folder / "model.json").write_text(json.dumps(text | {"format": 4}))
+    assert model_info(models, "cloth").outdated == outdated
+    if not outdated:
+        assert scoring_model(models, "cloth") == model_info(models, "cloth")
+        return
+    tensors = load_file(folder / "weights.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if not name.startswith("context.")}
+        | {f"context_gaussian.{name}": torch.ones(1) for name in ("projection", "mean", "whitening")},
+        folder / "weights.safetensors",
+    )
+    with pytest.raises(UserError, match=r"calibrated for what this release measures otherwise: run .*--calibrate-only"):
+        scoring_model(models, "cloth")
+    assert networks_in_use(models, ("cloth",), scorer.config, None) == ("v1",)
+    network = load_scorer(model_info(models, "cloth"))
+    network.configure(scorer.config)
+    calibrate(network, held_out, photographs)
+    np.testing.assert_array_equal(network.score(held_out).maps, scorer.score(held_out).maps)
+
+
+def test_which_stages_are_context_is_nothing_to_the_network(models, scorer, variant):
+    apart = variant(features={"stages": (0,), "context_stages": (1,)})
+    assert apart != scorer.config
+    save_model(models, "cloth", "v1", scorer, None, {})
+    publish(models, "cloth", "v1")
+    assert networks_in_use(models, ("cloth",), apart, None) == ("v1",)
+    with pytest.raises(UserError, match="was trained with other features"):
+        networks_in_use(models, ("cloth",), variant(features={"stages": (0,)}), None)
 
 
 def test_what_is_known_of_a_model_without_its_weights(models, stored, scorer, tiny):

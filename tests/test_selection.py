@@ -63,7 +63,7 @@ def test_a_bad_list_is_told(listed: str, told: str) -> None:
 def test_the_best_has_the_highest_sum_and_a_summary_names_what_differs() -> None:
     (candidate,) = candidates("fast", [], ["scoring.map_sigma=[1,2]"])
     choices = [
-        Choice(scoring, "place", True, 0.25, 1, 0.3, 256, pixel_auroc=0.9, pro=pro, image_auroc=0.95)
+        Choice(scoring, "place", True, 0.25, 1, False, 0.3, 256, pixel_auroc=0.9, pro=pro, image_auroc=0.95)
         for scoring, pro in zip(candidate.variants, (0.7, 0.8), strict=True)
     ]
     found = {str(i): summary(choice, candidate.variants) for i, choice in enumerate(choices)}
@@ -74,6 +74,7 @@ def test_the_best_has_the_highest_sum_and_a_summary_names_what_differs() -> None
         "subtract_prediction": True,
         "context_weight": 0.25,
         "reach": 1,
+        "turned": False,
         "alpha": 0.3,
         "top_pixels": 256,
         "pixel_auroc": 0.9,

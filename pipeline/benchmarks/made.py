@@ -66,6 +66,7 @@ def settled(config: Config) -> Config:
         "prediction": "subtract" if scoring.prediction == "select" else scoring.prediction,
         "covariance": "place" if scoring.covariance == "select" else scoring.covariance,
         "place_reach": REACHES[-1] if scoring.place_reach is None else scoring.place_reach,
+        "place_turns": bool(scoring.place_turns),  # which costs only calibration
         "context_weight": CONTEXT_WEIGHTS[-1] if scoring.context_weight is None else scoring.context_weight,
     }
     if not config.features.context_stages:
