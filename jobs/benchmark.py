@@ -34,7 +34,7 @@ from pipeline.command import OK, console, run
 from pipeline.datasets import detect_layout, training_records
 from pipeline.errors import UserError
 from pipeline.memory import reuse_freed_memory
-from pipeline.model_store import model_info
+from pipeline.model_store import scoring_model
 from pipeline.model_weights import load_scorer
 from pipeline.presets import PresetName, load_config
 from pipeline.ray_session import ray_session
@@ -230,7 +230,7 @@ def measure(options: Benchmark) -> Measured:
             raise UserError("--models, --dataset and --category: name the model to restore with, and its photographs")
         if options.images < 1:
             raise UserError(f"--images {options.images}: choose 1 or more")
-        scorer = load_scorer(model_info(Location.parse(options.models), options.category), device=device)
+        scorer = load_scorer(scoring_model(Location.parse(options.models), options.category), device=device)
         held_out = held_out_photographs(scorer, Location.parse(options.dataset), options.category)
         # Other defects than those that calibration chose by.
         return measure_restore(scorer, held_out[: options.images], scorer.config.training.seed + 1)
@@ -315,7 +315,7 @@ def chosen_scorer(options: Score, device: torch.device) -> Scorer:
         raise UserError("--models and --category go together: give both, or neither for random weights")
     model = None
     if options.models is not None and options.category is not None:
-        model = model_info(Location.parse(options.models), options.category)
+        model = scoring_model(Location.parse(options.models), options.category)
     config = model.config if model else load_config(options.preset, options.set)
     if config.scoring.method != "noise":
         raise UserError(

@@ -88,6 +88,7 @@ def study_category(
         "subtract_prediction": info.subtract_prediction,
         "context_weight": info.context_weight,
         "reach": info.reach,
+        "turned": info.turned,
         "alpha": info.calibration["alpha"],
         "top_pixels": info.calibration["top_pixels"],
     }
@@ -108,7 +109,7 @@ def study_category(
             except ImageError as error:
                 raise UserError(f"{record.mask}: {error}: replace it") from error
     implants = judged_images(normal[held_out], config.training.seed)
-    measures = fit_measures(scorer, normal[training], info.turned)
+    measures = fit_measures(scorer, normal[training])
     rows = []
     for judged in (implants, Judged(labelled, masks, np.ones((1, len(labelled)), bool))):
         candidates = measured(scorer, measures, normal[held_out], judged.images)
@@ -141,7 +142,8 @@ def alpha_table(category: str, rows: list[dict[str, Any]]) -> Table:
     """The weights of the pixel branch under the measure that the model chose."""
     chosen = next(entry for entry in rows if entry["chosen"])
     measure = {
-        key: chosen[key] for key in ("covariance", "subtract_prediction", "context_weight", "reach", "top_pixels")
+        key: chosen[key]
+        for key in ("covariance", "subtract_prediction", "context_weight", "reach", "turned", "top_pixels")
     }
     table = Table(title=f"{category}: {measure}", title_justify="left", box=None, padding=(0, 1, 0, 0))
     for name in ("alpha", "implanted", "labelled"):

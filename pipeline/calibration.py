@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from scipy import special, stats
 
-from pipeline.choice import Candidate, Choice, Judged, judge, judged_images
-from pipeline.config import Config, RestorationConfig, ScoringConfig
+from pipeline.choice import Candidate, Choice, judge, judged_images
+from pipeline.config import ScoringConfig
 from pipeline.measures import evidence_of, fit_measures
 from pipeline.scoring import BranchMaps, Calibration, Measure, Scorer, distance_from
 
@@ -46,9 +46,9 @@ def calibrate(
         candidates: list[Candidate] = []
         for scoring in group:
             scorer.configure(scorer.config.model_copy(update={"scoring": scoring}))
-            if not candidates:
-                turned = turns_help(scorer, held_out_nhwc, training_nhwc, judged)
-                candidates = measured(scorer, fit_measures(scorer, training_nhwc, turned), held_out_nhwc, judged.images)
+            candidates = candidates or measured(
+                scorer, fit_measures(scorer, training_nhwc), held_out_nhwc, judged.images
+            )
             for candidate in candidates:
                 for choice in judge(scorer, candidate, judged):
                     tried.append(choice)
@@ -60,38 +60,6 @@ def calibrate(
     scorer.calibration = replace(calibration, alpha=choice.alpha, top_pixels=choice.top_pixels)
     _set_thresholds(scorer, scorer.calibration, held_out_nhwc)
     return sorted(tried, key=lambda choice: -choice.merit)
-
-
-def turns_help(scorer: Scorer, held_out_nhwc: np.ndarray, training_nhwc: np.ndarray, judged: Judged) -> bool:
-    """Whether Gaussians of places are to learn from turned photographs, too: as the scorer's settings say, or where these leave
-    it open whether features alone then find implanted defects better. That is a matter of the product, not of the rest."""
-    config = scorer.config
-    if config.scoring.place_turns is not None or not config.scoring.by_place:
-        return bool(config.scoring.place_turns)
-    scorer.configure(features_alone(config))
-    measures = [*fit_measures(scorer, training_nhwc), *fit_measures(scorer, training_nhwc, turned=True)]
-    as_they_lie, turned = (
-        max(choice.merit for choice in judge(scorer, candidate, judged))
-        for candidate in measured(scorer, measures, held_out_nhwc, judged.images)
-    )
-    scorer.configure(config)
-    return turned > as_they_lie
-
-
-def features_alone(config: Config) -> Config:
-    """The same but for one way of scoring: features as they are under the Gaussians of their places, without the network."""
-    settings = {
-        "method": "features",
-        "restoration": RestorationConfig(),
-        "normalisation": "calibration",
-        "pixel": "none",
-        "alpha": 0.0,
-        "prediction": "ignore",
-        "covariance": "place",
-        "context_weight": 0.0,
-        "place_reach": 0,
-    }
-    return config.model_copy(update={"scoring": config.scoring.model_copy(update=settings)})
 
 
 def _early(scoring: ScoringConfig) -> str:

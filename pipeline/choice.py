@@ -38,7 +38,7 @@ class Choice:
     reach: int
     """Cells that a part may lie from its place."""
     turned: bool
-    """Whether Gaussians of places learned from turned photographs, too."""
+    """Whether the Gaussians of the features' places learned from turned photographs, too."""
     alpha: float
     top_pixels: int
     pixel_auroc: float

@@ -171,8 +171,8 @@ class ScoringConfig(Section):
     Gaussian of the place so near that expects them most; time and memory grow with the square. null: each model takes none or
     one, whichever finds defects implanted in its held-out normal images best."""
     place_turns: bool | None = False
-    """Whether Gaussians of places learn from photographs turned by quarter turns, too: for products that lie in any direction.
-    null: each model does where features alone then find defects implanted in its held-out normal images better."""
+    """Whether Gaussians of places learn features as they are from photographs turned by quarter turns, too: for products that
+    lie in any direction. null: each model does where that finds defects implanted in its held-out normal images best."""
     map_sigma: float = Field(0.0, ge=0)
     """Gaussian smoothing of the final map, in map pixels."""
     map_size: int = Field(256, ge=16)
@@ -255,8 +255,11 @@ class Config(Section):
             raise ValueError(
                 f'scoring.place_reach = {self.scoring.place_reach}: needs scoring.covariance "place" or "select"'
             )
-        if self.scoring.place_turns and not self.scoring.by_place:
-            raise ValueError('scoring.place_turns = True: needs scoring.covariance "place" or "select"')
+        if self.scoring.place_turns and not (self.scoring.by_place and self.scoring.prediction != "subtract"):
+            raise ValueError(
+                'scoring.place_turns = True: needs scoring.covariance "place" or "select", and scoring.prediction other than '
+                '"subtract"'
+            )
         if self.scoring.context_weight and not self.features.context_stages:
             raise ValueError(f"scoring.context_weight = {self.scoring.context_weight}: needs features.context_stages")
         if max(self.scoring.timesteps) >= self.scoring.respaced_steps:

@@ -25,11 +25,8 @@ Vectors = Callable[[Evidence], list[Tensor]]
 """What Gaussians measure of an image's features: with the prediction subtracted, or not, or both."""
 
 
-def fit_measures(scorer: Scorer, training_nhwc: np.ndarray, turned: bool = False) -> list[Measure]:
-    """The measures that the config allows, taught by training photographs, uint8 (n, map_size, map_size, 3).
-
-    turned: whether Gaussians of places see each photograph in all directions.
-    """
+def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Measure]:
+    """The measures that the config allows, taught by training photographs, uint8 (n, map_size, map_size, 3)."""
     scoring = scorer.config.scoring
     subtract = {"subtract": [True], "ignore": [False], "select": [True, False]}[scoring.prediction]
     if scoring.covariance == "none":
@@ -41,18 +38,20 @@ def fit_measures(scorer: Scorer, training_nhwc: np.ndarray, turned: bool = False
     of_pixels, generals = _general_gaussians(scorer, training_nhwc, len(subtract), vectors)
     by_place = generals if scoring.by_place else []
     stages = scorer.config.features.context_stages if subtract and scoring.context_weight != 0 else ()
-    pixel, places, context = _of_all_photographs(
-        scorer, training_nhwc, of_pixels, by_place, stages, vectors, TURNS if turned else 1
-    )
+    pixel, moments, context = _of_all_photographs(scorer, training_nhwc, of_pixels, by_place, stages, vectors)
     if not subtract:
-        return [Measure(pixel, None, True, turned=turned)]
-    kept = {"general": [generals], "place": [places], "select": [generals, places]}[scoring.covariance]
-    return [
-        measure
-        for gaussians in kept
-        for subtracted, gaussian in zip(subtract, gaussians, strict=True)
-        for measure in _mixtures(scoring, Measure(pixel, gaussian, subtracted, turned=turned), context)
-    ]
+        return [Measure(pixel, None, True)]
+    details = []
+    if scoring.covariance != "place":
+        details += [Measure(pixel, *pair) for pair in zip(generals, subtract, strict=True)]
+    for sums, subtracted in zip(moments, subtract if scoring.by_place else [], strict=True):
+        turns = False if subtracted else scoring.place_turns
+        if turns is not True:
+            details.append(Measure(pixel, place_gaussians(sums), subtracted))
+        if turns is not False:
+            _add_turned(scorer, training_nhwc, sums)
+            details.append(Measure(pixel, place_gaussians(sums), subtracted, turned=True))
+    return [mixed for measure in details for mixed in _mixtures(scoring, measure, context)]
 
 
 def evidence_of(scorer: Scorer, images_nhwc: np.ndarray) -> Iterator[Evidence]:
@@ -87,10 +86,9 @@ def _of_all_photographs(
     of_features: Sequence[NormalGaussian],
     context_stages: Sequence[int],
     vectors: Vectors,
-    turns: int,
-) -> tuple[NormalGaussian | None, list[NormalGaussian], NearestNormal | None]:
-    """What takes all photographs: a Gaussian for each place, whitened by the given one for all places, of the pixel branch and
-    of features, of photographs in so many directions, and the cells that are kept of the context's stages."""
+) -> tuple[NormalGaussian | None, list[Moments], NearestNormal | None]:
+    """What takes all photographs: the pixel branch's Gaussian for each place and the sums for those of features, both whitened by
+    the given ones for all places, and the cells that are kept of the context's stages."""
     scoring, seed = scorer.config.scoring, scorer.config.training.seed
     if of_pixels is None and not of_features and not context_stages:
         return None, [], None
@@ -99,19 +97,27 @@ def _of_all_photographs(
         Moments(place_projection(gaussian, scoring.place_dimensions, seed), by_place=True) for gaussian in of_features
     ]
     sampled = SampledCells(len(training_nhwc), seed) if context_stages else None
-    for turn in range(turns):
-        for evidence in evidence_of(scorer, np.rot90(training_nhwc, turn, axes=(1, 2))):
-            if pixels is not None:
-                pixels.add(evidence.denoising)
-            for moments, cells in zip(features, vectors(evidence) if features else [], strict=True):
-                moments.add(cells)
-            if sampled is not None and turn == 0:
-                sampled.add(evidence.features)
+    for evidence in evidence_of(scorer, training_nhwc):
+        if pixels is not None:
+            pixels.add(evidence.denoising)
+        for moments, cells in zip(features, vectors(evidence) if features else [], strict=True):
+            moments.add(cells)
+        if sampled is not None:
+            sampled.add(evidence.features)
     return (
         place_gaussians(pixels) if pixels else None,
-        [place_gaussians(moments) for moments in features],
+        features,
         _context(scorer, context_stages, sampled.samples()) if sampled else None,
     )
+
+
+def _add_turned(scorer: Scorer, training_nhwc: np.ndarray, of_features: Moments) -> None:
+    """Take the features of photographs in the other directions into account."""
+    batch = scorer.config.scoring.batch_size
+    for turn in range(1, TURNS):
+        turned = np.rot90(training_nhwc, turn, axes=(1, 2))
+        for start in range(0, len(turned), batch):
+            of_features.add(scorer.features(turned[start : start + batch]))
 
 
 def _context(scorer: Scorer, stages: Sequence[int], samples: Tensor) -> NearestNormal:

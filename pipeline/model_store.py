@@ -53,7 +53,7 @@ class ModelInfo:
     reach: int = 0
     """Cells that a part may lie from its place; none in models of early releases."""
     turned: bool = False
-    """Whether Gaussians of places learned from turned photographs, too."""
+    """Whether the Gaussians of the features' places learned from turned photographs, too."""
     outdated: bool = False
     """Whether it was calibrated for a measure that this release no longer has; its network is as good as ever."""
 
@@ -83,6 +83,7 @@ def replace_threshold(
     rate: the share of normal images it was chosen for, and `false_alarms` the interval of what it may really be; `reason`
     goes to the provenance. Raises UserError, and changes nothing in use, where another version has come into use.
     """
+    assert not info.outdated, "a model that cannot score proposes no threshold"
     models = info.location.parent.parent
     config = info.config.model_copy(
         update={"scoring": info.config.scoring.model_copy(update={"false_alarm_rate": rate})}

@@ -72,7 +72,8 @@ def save_model(
 
 
 def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Scorer:
-    """A stored model ready to score. Raises UserError when its weights do not fit its config."""
+    """A stored model ready to score, uncalibrated where its calibration is outdated. Raises UserError when its weights do not fit
+    its config."""
     try:
         tensors = load_tensors((info.location / "weights.safetensors").read_bytes())
         # Copied, since they lie anywhere in the file: products round by where in memory their factors begin.
@@ -102,7 +103,7 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
         first = "; ".join(line.strip() for line in str(error).splitlines()[:3])
         raise UserError(f"the weights of {info.location} cannot be used ({first}): train the category again") from error
     label = info.classes.index(info.category) if info.classes else None
-    return Scorer(denoiser, extractor, calibration, device=device, label=label)
+    return Scorer(denoiser, extractor, None if info.outdated else calibration, device=device, label=label)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ class Measure(NamedTuple):
     reach: int = 0
     """Cells that a part may lie from its place, where `feature` is by place."""
     turned: bool = False
-    """Whether Gaussians of places learned from turned photographs, too."""
+    """Whether `feature` learned from turned photographs, too."""
 
     def of_features(self, features: Tensor, vectors: Tensor, distance: Distance = distance_from) -> Tensor:
         """How far features (N, C, G, G) lie from normal ones: (N, G, G), where there is a Gaussian of them.
@@ -153,11 +153,19 @@ class Scorer:
     @torch.inference_mode()
     def evidence(self, images_nhwc: np.ndarray) -> Evidence:
         """uint8 (N, map_size, map_size, 3), N <= scoring.batch_size -> evidence of every noise scale, on the device."""
-        n = len(images_nhwc)
-        # A fixed batch shape makes every image's arithmetic the same whatever its company.
-        padded = np.concatenate([images_nhwc, np.repeat(images_nhwc[-1:], self.config.scoring.batch_size - n, axis=0)])
-        x = torch.from_numpy(to_unit_range(padded)).to(self.device, memory_format=torch.channels_last)
-        return self.source(x, n)
+        return self.source(self._batch(images_nhwc), len(images_nhwc))
+
+    @torch.inference_mode()
+    def features(self, images_nhwc: np.ndarray) -> Tensor:
+        """uint8 (N, map_size, map_size, 3), N <= scoring.batch_size -> `Evidence.features`, without asking the network."""
+        x = self._batch(images_nhwc)
+        return self.denoiser.target(self.denoiser.features(self.extractor, x))[: len(images_nhwc)]
+
+    def _batch(self, images_nhwc: np.ndarray) -> Tensor:
+        """A full batch on the device: a fixed shape makes every image's arithmetic the same whatever its company."""
+        missing = self.config.scoring.batch_size - len(images_nhwc)
+        padded = np.concatenate([images_nhwc, np.repeat(images_nhwc[-1:], missing, axis=0)])
+        return torch.from_numpy(to_unit_range(padded)).to(self.device, memory_format=torch.channels_last)
 
     def upsample(self, maps: Tensor) -> Tensor:
         """(N, T, s, s) -> (N, T, map_size, map_size), bilinear."""

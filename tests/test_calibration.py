@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pipeline.calibration import calibrate, exceedance_interval, measured, prediction_bound, turns_help
+from pipeline.calibration import calibrate, exceedance_interval, measured, prediction_bound
 from pipeline.choice import ALPHAS, TOP_PIXELS, Judged, implanted, judge, judged_images
 from pipeline.measures import CONTEXT_WEIGHTS, fit_measures
 from pipeline.scoring import BranchMaps, Scorer
@@ -170,24 +170,32 @@ def test_places_may_reach_and_the_general_gaussian_has_none(fitted, variant, pho
         torch.testing.assert_close(found, measure.feature.distance(evidence.residuals, measure.reach))
 
 
-def test_gaussians_of_places_learn_from_photographs_in_four_directions(fitted, variant, photographs):
+def test_gaussians_of_places_learn_features_from_photographs_in_four_directions(fitted, variant, photographs):
     denoiser = fitted.result()
-    split = {"stages": (0,), "context_stages": (1,)}
-    asked = {"covariance": "select", "pixel": "gaussian", "place_dimensions": 7, "context_weight": 0.5}
-    denoiser.config = variant(features=split, scoring=asked)
+    settings = {"covariance": "select", "prediction": "select", "pixel": "gaussian", "place_dimensions": 7}
+
+    def measures(place_turns):
+        denoiser.config = variant(scoring=settings | {"place_turns": place_turns})
+        found = fit_measures(Scorer(denoiser, fitted.extractor), photographs)
+        return {(m.subtract_prediction, m.feature.by_place, m.turned): m for m in found}
+
+    plain, turned, both = measures(False), measures(True), measures(None)
+    own, new = (False, True, False), (False, True, True)
+    assert both.keys() == plain.keys() | {new}
+    assert turned.keys() == both.keys() - {own}
+    for found in (plain, turned):
+        for key, measure in found.items():
+            assert torch.equal(measure.pixel.whitening, both[key].pixel.whitening)
+            assert torch.equal(measure.feature.whitening, both[key].feature.whitening)
     scorer = Scorer(denoiser, fitted.extractor)
-    plain, turned = (fit_measures(scorer, photographs, turns) for turns in (False, True))
-    assert [m.turned for m in (*plain, *turned)] == [False] * 2 + [True] * 2
-    for before, after in zip(plain, turned, strict=True):
-        assert torch.equal(before.context.cells, after.context.cells)
-        assert not torch.allclose(before.pixel.mean, after.pixel.mean)
-        if not after.feature.by_place:
-            assert torch.equal(before.feature.whitening, after.feature.whitening)
-            continue
-        for turn in range(4):
-            evidence = scorer.evidence(np.rot90(photographs[:4], turn, axes=(1, 2)))
-            assert after.feature.distance(evidence.residuals).mean() < 1.2
-            assert (before.feature.distance(evidence.residuals).mean() > 1.5) == (turn in (1, 3)), "stripes turn by 180"
+    for turn in range(4):
+        features = scorer.evidence(np.rot90(photographs[:4], turn, axes=(1, 2))).features
+        assert both[new].feature.distance(features).mean() < 1.3
+        assert (both[own].feature.distance(features).mean() > 1.5) == (turn in (1, 3)), "stripes turn by 180"
+
+
+def test_features_without_the_network_are_those_of_the_evidence(scorer, fresh):
+    assert torch.equal(scorer.features(fresh[:3]), scorer.evidence(fresh[:3]).features)
 
 
 @pytest.mark.parametrize("any_direction", [False, True])
@@ -200,18 +208,12 @@ def test_turned_photographs_teach_where_products_lie_in_any_direction(
         for images in (photographs, held_out)
     )
     denoiser = fitted.result()
-    for covariance, turns, expected in (
-        ("select", None, any_direction),
-        ("place", True, True),
-        ("place", False, False),
-        ("general", None, False),
-    ):
-        denoiser.config = variant(scoring={"covariance": covariance, "place_turns": turns, "place_dimensions": 7})
-        scorer = Scorer(denoiser, fitted.extractor)
-        assert turns_help(scorer, held_out, photographs, judged_images(held_out, seed=0)) == expected
-        assert scorer.config == denoiser.config
-    (turned,) = {choice.turned for choice in calibrate(scorer, held_out, photographs)}
-    assert turned == scorer.calibration.measure.turned
+    settings = {"covariance": "place", "prediction": "ignore", "place_dimensions": 7, "alpha": 0.0}
+    denoiser.config = variant(scoring=settings | {"place_turns": None})
+    scorer = Scorer(denoiser, fitted.extractor)
+    choices = calibrate(scorer, held_out, photographs)
+    assert {choice.turned for choice in choices} == {False, True}
+    assert scorer.calibration.measure.turned == choices[0].turned == any_direction
 
 
 @pytest.mark.parametrize(("covariance", "reach"), [("general", 0), ("place", 0), ("place", 1)])

@@ -87,13 +87,14 @@ def test_a_loaded_model_scores_as_the_saved_one(models, stored, scorer, fresh):
     np.testing.assert_array_equal(loaded.calibration.normal_scores, scorer.calibration.normal_scores)
 
 
-def test_context_and_reach_come_back(models, calibrated, fresh):
+def test_context_reach_and_turns_come_back(models, calibrated, fresh):
     by_place = {"covariance": "place", "place_dimensions": 7, "context_weight": 0.25, "place_reach": 1, "alpha": 0.0}
-    scorer = calibrated(features={"stages": (0,), "context_stages": (1,)}, scoring=by_place)
+    turned = {"prediction": "ignore", "place_turns": True}
+    scorer = calibrated(features={"stages": (0,), "context_stages": (1,)}, scoring=by_place | turned)
     save_model(models, "cloth", "v1", scorer, None, {})
     publish(models, "cloth", "v1")
     info = model_info(models, "cloth")
-    assert (info.context_weight, info.reach) == (0.25, 1)
+    assert (info.context_weight, info.reach, info.turned) == (0.25, 1, True)
     np.testing.assert_array_equal(load_scorer(info).score(fresh).maps, scorer.score(fresh).maps)
 
 
@@ -131,6 +132,7 @@ def test_models_that_measured_context_otherwise_are_calibrated_again_before_they
         scoring_model(models, "cloth")
     assert networks_in_use(models, ("cloth",), scorer.config, None) == ("v1",)
     network = load_scorer(model_info(models, "cloth"))
+    assert network.calibration is None, "nobody scores with it by mistake"
     network.configure(scorer.config)
     calibrate(network, held_out, photographs)
     np.testing.assert_array_equal(network.score(held_out).maps, scorer.score(held_out).maps)
