@@ -265,7 +265,8 @@ def test_ratios_are_of_figures_that_both_have():
 def test_every_preset_can_be_measured_without_calibration_choosing(preset):
     scoring = settled(PRESETS[preset]).scoring
     assert "select" not in (scoring.covariance, scoring.prediction)
-    assert None not in (scoring.alpha, scoring.top_pixels, scoring.context_weight, scoring.place_reach)
+    chosen = (scoring.alpha, scoring.top_pixels, scoring.context_weight, scoring.place_reach, scoring.place_turns)
+    assert None not in chosen
 
 
 def test_photographs_differ_and_repeat():
