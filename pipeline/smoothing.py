@@ -14,7 +14,7 @@ def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
     if sigma == 0:
         return maps
     radius = min(int(4 * sigma + 0.5), maps.shape[-1] - 1, maps.shape[-2] - 1)
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / sigma) ** 2)
     weights = (kernel / kernel.sum()).tolist()
     x = F.pad(maps.reshape(-1, 1, *maps.shape[-2:]), (radius,) * 4, mode="reflect")
     return correlated(correlated(x, weights, -1), weights, -2).view_as(maps)
