@@ -57,6 +57,10 @@ class Denoiser(nn.Module):
         """Extractor features (N, C, G, G) on the scale that the network predicts."""
         return torch.addcmul(-self.feature_mean / self.feature_std, features, 1 / self.feature_std)
 
+    def targets(self, extractor: FeatureExtractor, x: Tensor) -> Tensor:
+        """`features` of photographs on the scale that the network predicts."""
+        return self.target(self.features(extractor, x))
+
     def features(self, extractor: FeatureExtractor, x: Tensor) -> Tensor:
         """Features of photographs (N, 3, map_size, map_size), as the extractor gives them: (N, C, G, G) float32."""
         with self.autocast(x.device):

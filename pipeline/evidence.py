@@ -91,7 +91,7 @@ class NoiseScales(Source):
         x_start = self.denoiser.shrink(x).repeat_interleave(steps, 0)
         x_t = self.process.q_sample(x_start, t, self.noise.repeat(batch, 1, 1, 1))
         prediction, _, states = self.denoiser.predict(self.process, x_t, t, self.label)
-        features = self.denoiser.target(self.denoiser.features(self.extractor, x))[:n]
+        features = self.denoiser.targets(self.extractor, x)[:n]
         eps, v = prediction.float().chunk(2, dim=1)
         kl = kl_map(self.process, x_start, x_t, t, eps, v)
         changed = x_start - self.process.predict_x_start(x_t, t, eps).clamp(-1, 1)
@@ -160,7 +160,7 @@ class FeaturesAlone(Source):
     """The extractor's features and nothing of the network, for what is measured of normal features alone."""
 
     def __call__(self, x: Tensor, n: int) -> Evidence:
-        features = self.denoiser.target(self.denoiser.features(self.extractor, x))[:n]
+        features = self.denoiser.targets(self.extractor, x)[:n]
         nothing = torch.zeros_like(features[:, :1])
         return Evidence(nothing, nothing, features, lambda: nothing, lambda: features)
 

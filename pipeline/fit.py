@@ -141,7 +141,7 @@ class Fit:
         if training.rotation_degrees > 0:
             x = rotate(x, angles).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            target = self.denoiser.target(self.denoiser.features(self.extractor, x))
+            target = self.denoiser.targets(self.extractor, x)
         x_start = self.denoiser.shrink(x)
         x_t = self.process.q_sample(x_start, t, noise).contiguous(memory_format=torch.channels_last)
         with self.denoiser.autocast(self.device):

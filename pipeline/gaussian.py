@@ -34,8 +34,7 @@ class NormalGaussian:
     @cached_property
     def _channels(self) -> slice:
         """The channels that `projection` does not leave out, some stages among all."""
-        used = self.projection.any(0).nonzero().flatten().tolist()
-        return slice(used[0], used[-1] + 1)
+        return span(self.projection.any(0))
 
     def distance(self, cells: Tensor, reach: int = 0) -> Tensor:
         """Squared Mahalanobis distance over d, (N, C, G, G) -> (N, G, G): about 1 for normal cells.
@@ -70,6 +69,12 @@ class NormalGaussian:
         centred = (projected - self.mean).transpose(0, 1)
         white = torch.bmm(centred, self.whitening.transpose(1, 2))
         return torch.linalg.vector_norm(white, dim=-1).square().T / white.shape[-1]  # leaves no squares in memory
+
+
+def span(used: Tensor) -> slice:
+    """From the first to the last channel of (C,) that is not 0."""
+    places = used.nonzero().flatten().tolist()
+    return slice(places[0], places[-1] + 1)
 
 
 class Moments:

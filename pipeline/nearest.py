@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.features import resize_features
+from pipeline.gaussian import span
 
 CANDIDATES = 40_000
 """Cells of normal photographs that the kept ones are chosen from."""
@@ -44,12 +45,6 @@ class NearestNormal:
         found = [nearest_distance(image, self.cells) for image in coarse.permute(0, 2, 3, 1).flatten(1, 2)]
         maps = torch.stack(found).unflatten(1, coarse.shape[-2:])
         return F.interpolate(maps[:, None], size=(grid, grid), mode="bilinear", align_corners=False)[:, 0]
-
-
-def span(scale: Tensor) -> slice:
-    """The channels from the first to the last that a scale (C,) does not leave out."""
-    used = scale.nonzero().flatten().tolist()
-    return slice(used[0], used[-1] + 1)
 
 
 def coarser(cells: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ class Restorer:
 
         def distance(x: Tensor) -> Tensor:
             denoiser = self.scorer.denoiser
-            features = denoiser.target(denoiser.features(self.scorer.extractor, enlarged(x)))
+            features = denoiser.targets(self.scorer.extractor, enlarged(x))
             vectors = features - expected
             return vectors.square().mean(1) if measure.feature is None else measure.of_features(features, vectors)
 
