@@ -51,10 +51,10 @@ class FeatureConfig(Section):
     extractor: str = "tf_efficientnet_lite0"
     """A timm model name; tf_efficientnet_lite0/1/2 need no network connection."""
     stages: tuple[NonNegativeInt, ...] = Field((0, 1, 2, 3), min_length=1)
-    """Backbone stages whose outputs are concatenated."""
+    """Backbone stages whose outputs are concatenated, the details."""
     context_stages: tuple[NonNegativeInt, ...] = ()
     """Stages of which cells of normal photographs are kept: deep ones, which see more of the surroundings, tell what belongs
-    together, wherever it lies."""
+    together, wherever it lies. The network predicts none of them."""
     input_size: int | None = Field(None, ge=32)
     """Side in pixels to which photographs are enlarged or shrunk for the extractor; null takes them as read (map_size)."""
     grid: int = Field(64, ge=4)
@@ -65,13 +65,8 @@ class FeatureConfig(Section):
     """Scale each channel to zero mean and unit variance over the training images. Off: raw features, as published."""
 
     def of_network(self) -> dict[str, Any]:
-        """What the network is trained with: `stages` are all that are extracted, since only scoring tells context apart."""
-        return self.model_dump(mode="json", exclude={"context_stages"}) | {"stages": self.extracted_stages}
-
-    @property
-    def extracted_stages(self) -> list[int]:
-        """Stages and context stages, ascending."""
-        return sorted({*self.stages, *self.context_stages})
+        """What the network is trained with: only scoring looks at context."""
+        return self.model_dump(mode="json", exclude={"context_stages"})
 
 
 class TrainingConfig(Section):

@@ -10,7 +10,7 @@ from pipeline.config import Config
 from pipeline.diffusion.process import DiffusionProcess
 from pipeline.diffusion.sampling import Predict, Prediction
 from pipeline.diffusion.unet import UNet, UNetOutput
-from pipeline.features import FeatureExtractor
+from pipeline.features import FeatureExtractor, Features
 
 
 class Denoiser(nn.Module):
@@ -53,16 +53,12 @@ class Denoiser(nn.Module):
 
         return predict
 
-    def target(self, features: Tensor) -> Tensor:
-        """Extractor features (N, C, G, G) on the scale that the network predicts."""
-        return torch.addcmul(-self.feature_mean / self.feature_std, features, 1 / self.feature_std)
+    def target(self, details: Tensor) -> Tensor:
+        """The extractor's details (N, C, G, G) on the scale that the network predicts."""
+        return torch.addcmul(-self.feature_mean / self.feature_std, details, 1 / self.feature_std)
 
-    def targets(self, extractor: FeatureExtractor, x: Tensor) -> Tensor:
-        """`features` of photographs on the scale that the network predicts."""
-        return self.target(self.features(extractor, x))
-
-    def features(self, extractor: FeatureExtractor, x: Tensor) -> Tensor:
-        """Features of photographs (N, 3, map_size, map_size), as the extractor gives them: (N, C, G, G) float32."""
+    def features(self, extractor: FeatureExtractor, x: Tensor) -> Features:
+        """Features of photographs (N, 3, map_size, map_size), as the extractor gives them."""
         with self.autocast(x.device):
             return extractor(x.contiguous(memory_format=torch.channels_last))
 

@@ -21,7 +21,7 @@ from pipeline.diffusion.loss import kl_map
 from pipeline.diffusion.process import DiffusionProcess
 from pipeline.diffusion.restore import conditioned_reconstruction
 from pipeline.diffusion.sampling import seeded_noise
-from pipeline.features import FeatureExtractor
+from pipeline.features import FeatureExtractor, Features
 from pipeline.smoothing import gaussian_blur
 
 
@@ -38,7 +38,9 @@ class Evidence:
     """(N, 4 T, g, g) on the pixel grid: per noise scale the log of `pixel`, and what denoising or restoring changed in each
     colour."""
     features: Tensor
-    """(N, C, G, G): the features, on the scale that the network predicts."""
+    """(N, C, G, G): the features' details, on the scale that the network predicts."""
+    context: Tensor | None
+    """As the extractor gives it."""
     find_feature: Callable[[], Tensor]
     """Works out `feature`."""
     find_residuals: Callable[[], Tensor]
@@ -72,6 +74,11 @@ class Source(ABC):
     def __call__(self, x: Tensor, n: int) -> Evidence:
         """Of the first n photographs (N, 3, map_size, map_size) in [-1, 1] on the network's device; the others fill the batch."""
 
+    def seen(self, x: Tensor, n: int) -> Features:
+        """Of the first n photographs; details on the scale that the network predicts."""
+        details, context = self.denoiser.features(self.extractor, x)
+        return Features(self.denoiser.target(details[:n]), None if context is None else context[:n])
+
     def cells(self, pixel: Tensor, changed: Tensor) -> Tensor:
         """`denoising_cells` on the configured grid."""
         return denoising_cells(pixel, changed, self.config.scoring.pixel_grid, self.config.scoring.pixel_window)
@@ -91,7 +98,7 @@ class NoiseScales(Source):
         x_start = self.denoiser.shrink(x).repeat_interleave(steps, 0)
         x_t = self.process.q_sample(x_start, t, self.noise.repeat(batch, 1, 1, 1))
         prediction, _, states = self.denoiser.predict(self.process, x_t, t, self.label)
-        features = self.denoiser.targets(self.extractor, x)[:n]
+        features, context = self.seen(x, n)
         eps, v = prediction.float().chunk(2, dim=1)
         kl = kl_map(self.process, x_start, x_t, t, eps, v)
         changed = x_start - self.process.predict_x_start(x_t, t, eps).clamp(-1, 1)
@@ -100,6 +107,7 @@ class NoiseScales(Source):
             kl.unflatten(0, (batch, steps))[:n],
             self.cells(kl, changed).unflatten(0, (batch, steps)).flatten(1, 2)[:n],
             features,
+            context,
             lambda: (features[:, None] - head(states).unflatten(0, (batch, steps))[:n]).square().mean(2),
             lambda: features - head.mean(states, steps)[:n],
         )
@@ -113,17 +121,18 @@ class Restoration(Source):
         scales = enumerate(self.config.scoring.timesteps)
         changes = [x_start - self._restored(x_start, scale, start) for scale, start in scales]
         pixels = [changed.abs().mean(1) for changed in changes]
-        seen = self.denoiser.features(self.extractor, x)
+        seen, context = self.denoiser.features(self.extractor, x)
 
         @cache
         def restored() -> list[Tensor]:
             whole = [repainted(x, -changed).clamp(-1, 1) for changed in changes]
-            return [self.denoiser.features(self.extractor, each) for each in whole]
+            return [self.denoiser.features(self.extractor, each).details for each in whole]
 
         return Evidence(
             torch.stack(pixels, 1)[:n],
             torch.cat([self.cells(*each) for each in zip(pixels, changes, strict=True)], 1)[:n],
             self.denoiser.target(seen)[:n],
+            None if context is None else context[:n],
             lambda: torch.stack([self._cosine_distance(seen, each) for each in restored()], 1)[:n],
             lambda: ((seen - torch.stack(restored()).mean(0)) / self.denoiser.feature_std)[:n],
         )
@@ -148,21 +157,18 @@ class Restoration(Source):
 
     def _cosine_distance(self, first: Tensor, second: Tensor) -> Tensor:
         """Mousakhan et al. 2023 (DDAD), feature-wise comparison: the sum over stages of 1 - cos at each cell; (N, G, G)."""
-        sizes = list(self.extractor.stage_channels.values())
-        stages = zip(self.extractor.stage_channels, first.split(sizes, 1), second.split(sizes, 1), strict=True)
-        distances = [
-            1 - F.cosine_similarity(a, b, dim=1) for stage, a, b in stages if stage in self.config.features.stages
-        ]
-        return torch.stack(distances).sum(0)
+        sizes = [self.extractor.stage_channels[stage] for stage in self.extractor.stages]
+        stages = zip(first.split(sizes, 1), second.split(sizes, 1), strict=True)
+        return torch.stack([1 - F.cosine_similarity(*pair, dim=1) for pair in stages]).sum(0)
 
 
 class FeaturesAlone(Source):
     """The extractor's features and nothing of the network, for what is measured of normal features alone."""
 
     def __call__(self, x: Tensor, n: int) -> Evidence:
-        features = self.denoiser.targets(self.extractor, x)[:n]
+        features, context = self.seen(x, n)
         nothing = torch.zeros_like(features[:, :1])
-        return Evidence(nothing, nothing, features, lambda: nothing, lambda: features)
+        return Evidence(nothing, nothing, features, context, lambda: nothing, lambda: features)
 
 
 SOURCES: Mapping[str, type[Source]] = {"noise": NoiseScales, "restoration": Restoration, "features": FeaturesAlone}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.efficientnet import EfficientNetFeatures
 from torch import Tensor, nn
 
 from pipeline.config import FeatureConfig
@@ -22,28 +23,47 @@ OFFLINE_WEIGHTS = {
 }
 
 
-class FeatureExtractor(nn.Module):
-    """Stages of a frozen backbone, resized to one grid and concatenated: the target of Lu et al. 2023's feature head.
+class Features(NamedTuple):
+    """What an extractor says of N photographs; float32."""
 
-    forward: (N, 3, H, W) in [-1, 1] -> (N, channels, grid, grid) float32. The backbone's own normalisation must be
-    mean 0.5, std 0.5 or is converted to; gradients flow to the input but never to the weights.
+    details: Tensor
+    """(N, C, G, G): its stages; the target of Lu et al. 2023's feature head."""
+    context: Tensor | None
+    """(N, C', G/2, G/2): its context stages, which are deep and no finer; None where it has none."""
+
+
+class FeatureExtractor(nn.Module):
+    """Stages of a frozen backbone, each kind resized to one grid and concatenated.
+
+    forward: (N, 3, H, W) in [-1, 1] -> Features. The backbone's own normalisation must be mean 0.5, std 0.5 or is
+    converted to; gradients flow to the input but never to the weights.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, name: str, *, stages: Sequence[int], grid: int, neighbourhood: int = 1, input_size: int | None = None
+        self,
+        name: str,
+        *,
+        stages: Sequence[int],
+        context_stages: Sequence[int] = (),
+        grid: int,
+        neighbourhood: int = 1,
+        input_size: int | None = None,
     ) -> None:
         super().__init__()
         self.input_size = input_size
         self.grid = grid
         self.neighbourhood = neighbourhood
-        self.backbone = load_backbone(name, stages)
+        self.stages, self.context_stages = sorted({*stages}), sorted({*context_stages})
+        self.extracted = sorted({*stages, *context_stages})
+        self.backbone = load_backbone(name, self.extracted)
         backbone: Any = self.backbone  # timm adds attributes that nn.Module does not declare
-        self.stage_channels: dict[int, int] = dict(zip(stages, backbone.feature_info.channels(), strict=True))
-        """Channels of every stage, in the order in which they are concatenated."""
-        self.channels: int = sum(self.stage_channels.values())
+        self.stage_channels: dict[int, int] = dict(zip(self.extracted, backbone.feature_info.channels(), strict=True))
+        """Channels of every stage that is extracted."""
+        self.channels: int = sum(self.stage_channels[stage] for stage in self.stages)
+        """Channels of the details."""
         config: dict[str, Any] = backbone.default_cfg
         self.register_buffer("mean", torch.tensor(config.get("mean", (0.5,) * 3)).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(config.get("std", (0.5,) * 3)).view(1, 3, 1, 1))
@@ -53,7 +73,7 @@ class FeatureExtractor(nn.Module):
         """Frozen: always in evaluation mode."""
         return super().train(False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Features:
         x = ((x + 1) / 2 - self.mean) / self.std
         side = self.input_size or x.shape[-1]
         if side != x.shape[-1]:
@@ -61,25 +81,25 @@ class FeatureExtractor(nn.Module):
             x = F.interpolate(
                 x.contiguous(), size=(side, side), mode="bicubic", align_corners=False, antialias=side < x.shape[-1]
             ).contiguous(memory_format=torch.channels_last)
-        stages = self.backbone(x)
-        features = torch.cat([resize_features(stage.float(), self.grid) for stage in stages], dim=1)
-        window = self.neighbourhood
-        if window == 1:
-            return features
-        # Roth et al. 2022, section 3.1: locally aware features.
-        return F.avg_pool2d(features, window, stride=1, padding=window // 2, count_include_pad=False)
+        seen = dict(zip(self.extracted, self.backbone(x), strict=True))
 
-    def selector(self, stages: Sequence[int]) -> Tensor:
-        """(c, channels): ones that pick the channels of these stages."""
-        picked = [torch.full((count,), stage in stages) for stage, count in self.stage_channels.items()]
-        return torch.eye(self.channels)[torch.cat(picked)]
+        def cells(stages: Sequence[int], side: int) -> Tensor:
+            resized = torch.cat([resize_features(seen[stage].float(), side) for stage in stages], dim=1)
+            if (window := self.neighbourhood) == 1:
+                return resized
+            # Roth et al. 2022, section 3.1: locally aware features.
+            return F.avg_pool2d(resized, window, stride=1, padding=window // 2, count_include_pad=False)
+
+        details = cells(self.stages, self.grid)
+        return Features(details, cells(self.context_stages, self.grid // 2) if self.context_stages else None)
 
     @classmethod
-    def of(cls, config: FeatureConfig) -> FeatureExtractor:
-        """The extractor that a config describes. Raises UserError as load_backbone does."""
+    def of(cls, config: FeatureConfig, *, context: bool) -> FeatureExtractor:
+        """The extractor that a config describes, with its context stages or without. Raises UserError as load_backbone does."""
         return cls(
             config.extractor,
-            stages=config.extracted_stages,
+            stages=config.stages,
+            context_stages=config.context_stages if context else (),
             grid=config.grid,
             neighbourhood=config.neighbourhood,
             input_size=config.input_size,
@@ -104,6 +124,8 @@ def load_backbone(name: str, stages: Sequence[int]) -> nn.Module:
         )
     backbone = _pretrained(name, stages)
     use_same_convolutions(backbone)
+    if isinstance(backbone, EfficientNetFeatures):  # computes all its blocks, whatever is asked of it
+        backbone.blocks = backbone.blocks[: max(info["stage"] for info in backbone.feature_info.get_dicts())]
     return backbone.eval()
 
 

@@ -111,7 +111,7 @@ class Fit:
         sums = torch.zeros(2, self.extractor.channels, dtype=torch.float64, device=self.device)
         for start in range(0, len(self.images), 8):
             x = self._photographs(slice(start, start + 8))
-            features = self.denoiser.features(self.extractor, x).double()
+            features = self.denoiser.features(self.extractor, x).details.double()
             sums += torch.stack([features.sum((0, 2, 3)), features.square().sum((0, 2, 3))])
         cells = len(self.images) * self.extractor.grid**2
         mean = sums[0] / cells
@@ -141,7 +141,7 @@ class Fit:
         if training.rotation_degrees > 0:
             x = rotate(x, angles).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            target = self.denoiser.targets(self.extractor, x)
+            target = self.denoiser.target(self.denoiser.features(self.extractor, x).details)
         x_start = self.denoiser.shrink(x)
         x_t = self.process.q_sample(x_start, t, noise).contiguous(memory_format=torch.channels_last)
         with self.denoiser.autocast(self.device):
@@ -183,7 +183,8 @@ class Fit:
 
     def scorer(self, label: int | None = None) -> Scorer:
         """A scorer with the averaged weights, not yet calibrated; for one class when joint."""
-        return Scorer(self.result(), self.extractor, device=self.device, label=label)
+        extractor = FeatureExtractor.of(self.config.features, context=self.config.scoring.context_weight != 0)
+        return Scorer(self.result(), extractor, device=self.device, label=label)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs; loads with torch.load(weights_only=True)."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ class NormalGaussian:
     """A Gaussian per place, or one for all (P = 1); float32 on one device, at most G * G * d * d numbers."""
 
     projection: Tensor
-    """(d, C): applied to vectors first; picks channels, or mixes them."""
+    """(d, C): applied to vectors first."""
     mean: Tensor
     """(P, d) of projected vectors; P is 1 or G * G, places row by row."""
     whitening: Tensor
@@ -31,11 +30,6 @@ class NormalGaussian:
         """Whether every place has its own."""
         return len(self.whitening) > 1
 
-    @cached_property
-    def _channels(self) -> slice:
-        """The channels that `projection` does not leave out, some stages among all."""
-        return span(self.projection.any(0))
-
     def distance(self, cells: Tensor, reach: int = 0) -> Tensor:
         """Squared Mahalanobis distance over d, (N, C, G, G) -> (N, G, G): about 1 for normal cells.
 
@@ -43,13 +37,12 @@ class NormalGaussian:
         no two products lie quite alike.
         """
         n, _, grid, _ = cells.shape
-        projection = self.projection[:, self._channels]
         # One row of channels for each cell: nothing moves where tensors are channels-last.
-        rows = cells[:, self._channels].permute(0, 2, 3, 1).reshape(n, grid * grid, -1)
+        rows = cells.permute(0, 2, 3, 1).reshape(n, grid * grid, -1)
         if not self.by_place:
-            white = F.linear(rows, self.whitening[0] @ projection, -(self.whitening[0] @ self.mean[0]))
+            white = F.linear(rows, self.whitening[0] @ self.projection, -(self.whitening[0] @ self.mean[0]))
             return white.square().mean(-1).reshape(n, grid, grid)
-        projected = F.linear(rows, projection)
+        projected = F.linear(rows, self.projection)
         if reach == 0:
             return self._at_their_places(projected).reshape(n, grid, grid)
         # Every Gaussian is asked about the cells around its place at once, its factor read once; answers go back to their cells.
@@ -69,12 +62,6 @@ class NormalGaussian:
         centred = (projected - self.mean).transpose(0, 1)
         white = torch.bmm(centred, self.whitening.transpose(1, 2))
         return torch.linalg.vector_norm(white, dim=-1).square().T / white.shape[-1]  # leaves no squares in memory
-
-
-def span(used: Tensor) -> slice:
-    """From the first to the last channel of (C,) that is not 0."""
-    places = used.nonzero().flatten().tolist()
-    return slice(places[0], places[-1] + 1)
 
 
 class Moments:

@@ -37,8 +37,8 @@ def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Measure]:
 
     of_pixels, generals = _general_gaussians(scorer, training_nhwc, len(subtract), vectors)
     by_place = generals if scoring.by_place else []
-    stages = scorer.config.features.context_stages if subtract and scoring.context_weight != 0 else ()
-    pixel, moments, context = _of_all_photographs(scorer, training_nhwc, of_pixels, by_place, stages, vectors)
+    with_context = bool(subtract and scorer.config.features.context_stages and scoring.context_weight != 0)
+    pixel, moments, context = _of_all_photographs(scorer, training_nhwc, of_pixels, by_place, with_context, vectors)
     if not subtract:
         return [Measure(pixel, None, True)]
     details = []
@@ -66,8 +66,7 @@ def _general_gaussians(
 ) -> tuple[NormalGaussian | None, list[NormalGaussian]]:
     """For all places together: of the pixel branch if it is measured by one, and of each of so many vectors."""
     of_pixels = Moments(by_place=False) if scorer.config.scoring.pixel == "gaussian" else None
-    details = scorer.extractor.selector(scorer.config.features.stages).to(scorer.device)
-    of_features = [Moments(details, by_place=False) for _ in range(count)]
+    of_features = [Moments(by_place=False) for _ in range(count)]
     if of_pixels is None and not of_features:
         return None, []
     # Every cell is a sample: a few images, spread over all, are many.
@@ -84,30 +83,31 @@ def _of_all_photographs(
     training_nhwc: np.ndarray,
     of_pixels: NormalGaussian | None,
     of_features: Sequence[NormalGaussian],
-    context_stages: Sequence[int],
+    with_context: bool,
     vectors: Vectors,
 ) -> tuple[NormalGaussian | None, list[Moments], NearestNormal | None]:
     """What takes all photographs: the pixel branch's Gaussian for each place and the sums for those of features, both whitened by
-    the given ones for all places, and the cells that are kept of the context's stages."""
+    the given ones for all places, and the cells that are kept of the context."""
     scoring, seed = scorer.config.scoring, scorer.config.training.seed
-    if of_pixels is None and not of_features and not context_stages:
+    if of_pixels is None and not of_features and not with_context:
         return None, [], None
     pixels = Moments(of_pixels.whitening[0], by_place=True) if of_pixels else None
     features = [
         Moments(place_projection(gaussian, scoring.place_dimensions, seed), by_place=True) for gaussian in of_features
     ]
-    sampled = SampledCells(len(training_nhwc), seed) if context_stages else None
+    sampled = SampledCells(len(training_nhwc), seed) if with_context else None
     for evidence in evidence_of(scorer, training_nhwc):
         if pixels is not None:
             pixels.add(evidence.denoising)
         for moments, cells in zip(features, vectors(evidence) if features else [], strict=True):
             moments.add(cells)
         if sampled is not None:
-            sampled.add(evidence.features)
+            assert evidence.context is not None, "an extractor with context stages"
+            sampled.add(evidence.context)
     return (
         place_gaussians(pixels) if pixels else None,
         features,
-        _context(scorer, context_stages, sampled.samples()) if sampled else None,
+        _context(scorer, sampled.samples()) if sampled else None,
     )
 
 
@@ -120,15 +120,10 @@ def _add_turned(scorer: Scorer, training_nhwc: np.ndarray, of_features: Moments)
             of_features.add(scorer.features(turned[start : start + batch]))
 
 
-def _context(scorer: Scorer, stages: Sequence[int], samples: Tensor) -> NearestNormal:
-    config, selector = scorer.config, scorer.extractor.selector
-    return nearest_normal(
-        samples,
-        [selector([stage]).any(0).to(scorer.device) for stage in stages],
-        scorer.denoiser.feature_std.flatten(),
-        config.scoring.context_cells,
-        config.training.seed,
-    )
+def _context(scorer: Scorer, samples: Tensor) -> NearestNormal:
+    config, extractor = scorer.config, scorer.extractor
+    stages = [extractor.stage_channels[stage] for stage in extractor.context_stages]
+    return nearest_normal(samples, stages, config.scoring.context_cells, config.training.seed)
 
 
 def _mixtures(scoring: ScoringConfig, details: Measure, context: NearestNormal | None) -> list[Measure]:

@@ -24,10 +24,10 @@ from pipeline.errors import UserError
 from pipeline.storage import Location
 from pipeline.storage_checks import require_exists
 
-FORMAT = 5
+FORMAT = 6
 """Version of the files' layout; a reader refuses a higher one."""
-CONTEXT_OF_CELLS = 5
-"""The first format whose models measure context by kept cells."""
+CONTEXT_APART = 6
+"""The first format whose networks do not predict context, and whose kept cells are the extractor's own."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,13 @@ class ModelInfo:
     """Cells that a part may lie from its place; none in models of early releases."""
     turned: bool = False
     """Whether the Gaussians of the features' places learned from turned photographs, too."""
-    outdated: bool = False
-    """Whether it was calibrated for a measure that this release no longer has; its network is as good as ever."""
+    predicts_context: bool = False
+    """Whether its network predicts the context stages, too, which nobody asks it for: models of early releases."""
+
+    @property
+    def outdated(self) -> bool:
+        """Whether it was calibrated for a measure that this release no longer has; its network is as good as ever."""
+        return self.predicts_context and self.context_weight > 0
 
 
 def new_version(config: Config, now: datetime) -> str:
@@ -106,7 +111,6 @@ def replace_threshold(
     (folder / "model.json").write_json(
         text
         | {
-            "format": FORMAT,
             "version": version,
             "config": config.model_dump(mode="json"),
             "calibration": info.calibration | numbers,
@@ -185,7 +189,7 @@ def model_info(models: Location, category: str, version: str | None = None) -> M
             normal_scores=tuple(text.get("normal_scores", ())),
             reach=text.get("reach", 0),
             turned=text.get("turned", False),
-            outdated=text["format"] < CONTEXT_OF_CELLS and text["context_weight"] > 0,
+            predicts_context=text["format"] < CONTEXT_APART and bool(config.features.context_stages),
         )
     except (ValidationError, KeyError) as error:
         first = "; ".join(line.strip() for line in str(error).splitlines()[:3])

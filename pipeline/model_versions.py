@@ -119,10 +119,15 @@ def up_to_date(models: Location, category: str, settings_digests: set[str], file
     if not isinstance(version, str):
         return False
     try:
-        known = model_info(models, category, version).provenance
+        info = model_info(models, category, version)
     except UserError:
         return False
-    return known.get("settings_digest") in settings_digests and known.get("files_fingerprint") == files_fingerprint
+    known = info.provenance
+    return (
+        not info.outdated
+        and known.get("settings_digest") in settings_digests
+        and known.get("files_fingerprint") == files_fingerprint
+    )
 
 
 def _pointer(models: Location, category: str) -> dict[str, object]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from pipeline.config import Config
 from pipeline.denoiser import Denoiser
 from pipeline.errors import UserError
 from pipeline.features import FeatureExtractor
@@ -24,6 +26,9 @@ from pipeline.storage import Location
 _TENSORS = ("pixel_mean", "pixel_std", "feature_mean", "feature_std", "normal_scores")
 _NUMBERS = ("alpha", "top_pixels", "threshold", "pixel_threshold", "false_alarms_low", "false_alarms_high")
 _GAUSSIANS = ("pixel", "feature")
+_HEAD = "denoiser.unet.feature_head.2"
+_PREDICTED = ("denoiser.feature_mean", "denoiser.feature_std", f"{_HEAD}.weight", f"{_HEAD}.bias")
+"""Tensors with one entry per channel that the network predicts."""
 
 
 def save_model(
@@ -72,15 +77,11 @@ def save_model(
 
 
 def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Scorer:
-    """A stored model ready to score, uncalibrated where its calibration is outdated. Raises UserError when its weights do not fit
-    its config."""
-    try:
-        tensors = load_tensors((info.location / "weights.safetensors").read_bytes())
-        # Copied, since they lie anywhere in the file: products round by where in memory their factors begin.
-        tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
-        extractor = FeatureExtractor.of(info.config.features)
-        denoiser = Denoiser(info.config, extractor.channels, len(info.classes) if info.classes else None)
-        denoiser.load_state_dict(_under("denoiser.", tensors))
+    """A stored model ready to score; not an outdated one. Raises UserError when its weights do not fit its config."""
+    assert not info.outdated
+    with _reading(info):
+        tensors = _tensors(info, device)
+        extractor = FeatureExtractor.of(info.config.features, context=info.context_weight > 0)
         parts = {branch: _under(f"{branch}_gaussian.", tensors) for branch in _GAUSSIANS}
         gaussians = {
             branch: NormalGaussian(**{name: tensor.float() for name, tensor in part.items()}) if part else None
@@ -97,13 +98,57 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
         )
         known: dict[str, Any] = {**_under("calibration.", tensors), **info.calibration}
         calibration = Calibration(measure=measure, **known)
+        denoiser = _denoiser(info, tensors, extractor)
+    return Scorer(denoiser, extractor, calibration, device=device, label=_label(info))
+
+
+def load_uncalibrated(info: ModelInfo, config: Config, *, device: torch.device | str = "cpu") -> Scorer:
+    """The network of a stored model under other settings of scoring, not calibrated. Raises UserError as load_scorer does."""
+    with _reading(info):
+        extractor = FeatureExtractor.of(config.features, context=config.scoring.context_weight != 0)
+        denoiser = _denoiser(info, _tensors(info, device), extractor)
+    denoiser.config = config
+    return Scorer(denoiser, extractor, device=device, label=_label(info))
+
+
+@contextmanager
+def _reading(info: ModelInfo) -> Iterator[None]:
+    """Says in one line what is wrong with the model's weights."""
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
     except (FileNotFoundError, SafetensorError, RuntimeError, TypeError) as error:
         first = "; ".join(line.strip() for line in str(error).splitlines()[:3])
         raise UserError(f"the weights of {info.location} cannot be used ({first}): train the category again") from error
-    label = info.classes.index(info.category) if info.classes else None
-    return Scorer(denoiser, extractor, None if info.outdated else calibration, device=device, label=label)
+
+
+def _tensors(info: ModelInfo, device: torch.device | str) -> dict[str, Tensor]:
+    tensors = load_tensors((info.location / "weights.safetensors").read_bytes())
+    # Copied, since they lie anywhere in the file: products round by where in memory their factors begin.
+    tensors = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+    return _without_context(info, tensors) if info.predicts_context else tensors
+
+
+def _without_context(info: ModelInfo, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is left of a network that predicts context stages, too, and of the Gaussian of its features, without these."""
+    channels = FeatureExtractor.of(info.config.features, context=True).stage_channels
+    stages = [torch.full((count,), stage in info.config.features.stages) for stage, count in channels.items()]
+    kept = torch.cat(stages)
+    found = {name: tensors[name][kept] for name in _PREDICTED if name in tensors}
+    if (projection := tensors.get("feature_gaussian.projection")) is not None:
+        found["feature_gaussian.projection"] = projection[:, kept]
+    return tensors | found
+
+
+def _denoiser(info: ModelInfo, tensors: dict[str, Tensor], extractor: FeatureExtractor) -> Denoiser:
+    denoiser = Denoiser(info.config, extractor.channels, len(info.classes) if info.classes else None)
+    denoiser.load_state_dict(_under("denoiser.", tensors))
+    return denoiser
+
+
+def _label(info: ModelInfo) -> int | None:
+    return info.classes.index(info.category) if info.classes else None
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,22 +1,16 @@
 """Normal cells kept as they are: how far a vector at a cell lies from the nearest of them, wherever that was seen.
 
 PatchCore's memory (Roth et al. 2022). A Gaussian says what belongs at a place; this says what belongs to the product at
-all, which counts where parts turn or move. It works at half the side of the feature map: the deep stages that it is meant
-for are no finer.
+all, which counts where parts turn or move.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from pipeline.features import resize_features
-from pipeline.gaussian import span
 
 CANDIDATES = 40_000
 """Cells of normal photographs that the kept ones are chosen from."""
@@ -29,27 +23,15 @@ class NearestNormal:
     """Some cells of normal photographs; float32 on one device."""
 
     scale: Tensor
-    """(C,): channels are multiplied by it; 0 leaves one out."""
+    """(C,): channels are multiplied by it."""
     cells: Tensor
-    """(M, c): kept cells, scaled, of the channels from the first to the last that are not left out."""
-
-    @cached_property
-    def _channels(self) -> slice:
-        return span(self.scale)
+    """(M, C): kept cells, scaled."""
 
     def distance(self, cells: Tensor) -> Tensor:
-        """Squared distance from the nearest normal cell, (N, C, G, G) -> (N, G, G): about 1 for normal cells."""
-        grid = cells.shape[-1]
-        coarse = coarser(cells[:, self._channels]) * self.scale[self._channels, None, None]
+        """Squared distance from the nearest normal cell, (N, C, g, g) -> (N, g, g): about 1 for normal cells."""
+        rows = (cells * self.scale[:, None, None]).permute(0, 2, 3, 1).flatten(1, 2)
         # Image by image, so that none's rounding depends on how many there are.
-        found = [nearest_distance(image, self.cells) for image in coarse.permute(0, 2, 3, 1).flatten(1, 2)]
-        maps = torch.stack(found).unflatten(1, coarse.shape[-2:])
-        return F.interpolate(maps[:, None], size=(grid, grid), mode="bilinear", align_corners=False)[:, 0]
-
-
-def coarser(cells: Tensor) -> Tensor:
-    """(N, C, G, G) at half the side."""
-    return resize_features(cells, max(1, cells.shape[-1] // 2))
+        return torch.stack([nearest_distance(image, self.cells) for image in rows]).unflatten(1, cells.shape[2:])
 
 
 def nearest_distance(rows: Tensor, kept: Tensor) -> Tensor:
@@ -67,8 +49,8 @@ class SampledCells:
         self.drawn: list[Tensor] = []
 
     def add(self, cells: Tensor) -> None:
-        """Take photographs (N, C, G, G) into account."""
-        for image in coarser(cells).flatten(2):
+        """Take photographs (N, C, g, g) into account."""
+        for image in cells.flatten(2):
             chosen = torch.randperm(image.shape[1], generator=self.generator)[: self.of_each]
             self.drawn.append(image[:, chosen.to(image.device)].T)
 
@@ -77,21 +59,16 @@ class SampledCells:
         return torch.stack(self.drawn)
 
 
-def nearest_normal(
-    samples: Tensor, stages: Sequence[Tensor], channel_scale: Tensor, count: int, seed: int
-) -> NearestNormal:
+def nearest_normal(samples: Tensor, stages: Sequence[int], count: int, seed: int) -> NearestNormal:
     """Keep `count` cells, at most half, of those sampled (P, k, C), P >= 2, such that the others lie near one of them.
 
-    stages: for each stage that counts, bool (C,), its channels. Within a stage channels count as the extractor gives them,
-    `channel_scale` (C,) being what they were divided by; stages count alike, by their variance.
+    stages: the channels of each, C together. Within a stage channels count as the extractor gives them; stages count
+    alike, by their variance.
     """
     rows = samples.flatten(0, 1)
-    scale = torch.zeros_like(channel_scale)
-    for channels in stages:
-        total = (rows[:, channels] * channel_scale[channels]).var(0).sum().clamp(min=1e-12)
-        scale[channels] = channel_scale[channels] / total.sqrt()
-    used = span(scale)
-    scaled = rows[:, used] * scale[used]
+    totals = [stage.var(0).sum().clamp(min=1e-12) for stage in rows.split(list(stages), 1)]
+    scale = torch.cat([total.rsqrt().expand(channels) for total, channels in zip(totals, stages, strict=True)])
+    scaled = rows * scale
     chosen = spread_out(scaled, max(1, min(count, len(scaled) // 2)), seed)
     kept, owners = scaled[chosen], chosen // samples.shape[1]
     # So that cells of new photographs lie at about 1, as from Gaussians: those of one are asked how far the others' lie.

@@ -124,9 +124,9 @@ class Restorer:
 
         def distance(x: Tensor) -> Tensor:
             denoiser = self.scorer.denoiser
-            features = denoiser.targets(self.scorer.extractor, enlarged(x))
-            vectors = features - expected
-            return vectors.square().mean(1) if measure.feature is None else measure.of_features(features, vectors)
+            details, context = denoiser.features(self.scorer.extractor, enlarged(x))
+            vectors = denoiser.target(details) - expected
+            return vectors.square().mean(1) if measure.feature is None else measure.of_features(vectors, context)
 
         def is_normal(x: Tensor) -> Tensor:
             left = self._anomalous(self.scorer.score(shown(x)).maps).any((1, 2))

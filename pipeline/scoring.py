@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.denoiser import Denoiser
 from pipeline.evidence import Evidence, evidence_source
-from pipeline.features import FeatureExtractor
+from pipeline.features import FeatureExtractor, resize_features
 from pipeline.gaussian import NormalGaussian
 from pipeline.images import to_unit_range
 from pipeline.nearest import NearestNormal
@@ -47,15 +47,19 @@ class Measure(NamedTuple):
     turned: bool = False
     """Whether `feature` learned from turned photographs, too."""
 
-    def of_features(self, features: Tensor, vectors: Tensor, distance: Distance = distance_from) -> Tensor:
-        """How far features (N, C, G, G) lie from normal ones: (N, G, G), where there is a Gaussian of them.
+    def of_features(self, vectors: Tensor, context: Tensor | None, distance: Distance = distance_from) -> Tensor:
+        """How far features lie from normal ones: (N, G, G), where there is a Gaussian of them.
 
-        vectors: what the Gaussian measures, the features or their residuals. distance: `distance_from`, or one that
-        remembers what it found.
+        vectors (N, C, G, G): what the Gaussian measures, the features or their residuals; context: as `Features` has it.
+        distance: `distance_from`, or one that remembers what it found.
         """
         assert self.feature is not None
         found = distance(self.feature, vectors, self.reach)
-        return found if self.context is None else found.lerp(distance(self.context, features), self.context_weight)
+        if self.context is None:
+            return found
+        assert context is not None, "an extractor with context stages"
+        around = resize_features(distance(self.context, context)[:, None], found.shape[-1])
+        return found.lerp(around[:, 0], self.context_weight)
 
 
 class BranchMaps(NamedTuple):
@@ -159,7 +163,7 @@ class Scorer:
     def features(self, images_nhwc: np.ndarray) -> Tensor:
         """uint8 (N, map_size, map_size, 3), N <= scoring.batch_size -> `Evidence.features`, without asking the network."""
         x = self._batch(images_nhwc)
-        return self.denoiser.targets(self.extractor, x)[: len(images_nhwc)]
+        return self.denoiser.target(self.denoiser.features(self.extractor, x).details)[: len(images_nhwc)]
 
     def _batch(self, images_nhwc: np.ndarray) -> Tensor:
         """A full batch on the device: a fixed shape makes every image's arithmetic the same whatever its company."""
@@ -185,7 +189,7 @@ class Scorer:
         if measure.feature is None:
             return BranchMaps(pixel, evidence.feature)
         vectors = evidence.residuals if measure.subtract_prediction else evidence.features
-        return BranchMaps(pixel, measure.of_features(evidence.features, vectors, distance)[:, None])
+        return BranchMaps(pixel, measure.of_features(vectors, evidence.context, distance)[:, None])
 
     @torch.inference_mode()
     def maps(self, branches: BranchMaps, calibration: Calibration) -> Maps:

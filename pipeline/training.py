@@ -20,7 +20,7 @@ from pipeline.features import FeatureExtractor
 from pipeline.fit import Fit, Rank
 from pipeline.model_store import model_info, new_version, package_versions
 from pipeline.model_versions import publish
-from pipeline.model_weights import load_scorer, save_model
+from pipeline.model_weights import load_uncalibrated, save_model
 from pipeline.scoring import Scorer
 from pipeline.selection import summary
 from pipeline.storage import Location
@@ -100,7 +100,7 @@ def begun(job: TrainingJob, images: TrainingImages, rank: Rank, device: torch.de
     return Fit(
         job.config,
         images.training,
-        FeatureExtractor.of(job.config.features),
+        FeatureExtractor.of(job.config.features, context=False),
         labels=images.labels if job.config.joint else None,
         device=device,
         rank=rank,
@@ -124,8 +124,7 @@ def calibrate_anew(
             raise UserError(
                 f"{category} {version} was trained on other photographs, or they are decoded otherwise now: train it again"
             )
-        scorer = load_scorer(info, device=device)
-        scorer.configure(job.config)
+        scorer = load_uncalibrated(info, job.config, device=device)
         history = {name: known.get(name) for name in ("resumed_at_step", "losses", "initial_weights")}
         trained = {"version": version} | {
             name: known.get(name) for name in ("created", "revision", "packages", "seconds")

@@ -138,7 +138,8 @@ def calibrated(
         if config.digest() not in built:
             denoiser = fitted.result()
             denoiser.config = config
-            built[config.digest()] = Scorer(denoiser, fitted.extractor)
+            extractor = FeatureExtractor.of(config.features, context=config.scoring.context_weight != 0)
+            built[config.digest()] = Scorer(denoiser, extractor)
             calibrate(built[config.digest()], held_out, photographs)
         return built[config.digest()]
 

@@ -11,6 +11,7 @@ from scipy import stats
 
 from pipeline.calibration import calibrate, exceedance_interval, measured, prediction_bound
 from pipeline.choice import ALPHAS, TOP_PIXELS, Judged, implanted, judge, judged_images
+from pipeline.features import FeatureExtractor
 from pipeline.measures import CONTEXT_WEIGHTS, fit_measures
 from pipeline.scoring import BranchMaps, Scorer
 from pipeline.textures import photograph
@@ -219,26 +220,25 @@ def test_turned_photographs_teach_where_products_lie_in_any_direction(
 @pytest.mark.parametrize(("covariance", "reach"), [("general", 0), ("place", 0), ("place", 1)])
 def test_details_and_context_are_measured_in_their_own_stages(calibrated, fresh, covariance, reach):
     settings = {"covariance": covariance, "place_dimensions": 7, "place_reach": reach, "alpha": 0.0, "map_sigma": 0.0}
-    split = {"stages": (0,), "context_stages": (1,)}
+    split = {"context_stages": (1,)}
     mixed = calibrated(features=split, scoring=settings | {"context_weight": 0.25})
     measure, evidence = mixed.calibration.measure, mixed.evidence(fresh[:2])
-    detail, context = measure.feature.distance(evidence.residuals, reach), measure.context.distance(evidence.features)
-    torch.testing.assert_close(mixed.branch_maps(evidence, measure).feature[:, 0], 0.75 * detail + 0.25 * context)
-    residuals, features = evidence.residuals.clone(), evidence.features.clone()
-    residuals[:, 16:], features[:, :16] = 0, 0  # channels of stage 1, and of stage 0
-    torch.testing.assert_close(measure.feature.distance(residuals, reach), detail)
-    torch.testing.assert_close(measure.context.distance(features), context)
-    assert not torch.allclose(measure.context.distance(torch.zeros_like(features)), context)
+    detail, context = measure.feature.distance(evidence.residuals, reach), measure.context.distance(evidence.context)
+    assert (detail.shape, context.shape) == ((2, 8, 8), (2, 4, 4))
+    enlarged = torch.nn.functional.interpolate(context[:, None], size=(8, 8), mode="bilinear")[:, 0]
+    torch.testing.assert_close(mixed.branch_maps(evidence, measure).feature[:, 0], 0.75 * detail + 0.25 * enlarged)
+    # Stage 1 has 24 channels, half as many cells each way.
+    assert (evidence.residuals.shape[1], evidence.context.shape) == (16 + 24, (2, 24, 4, 4))
     without = calibrated(features=split, scoring=settings)
     assert without.calibration.measure.context is None
     torch.testing.assert_close(without.calibration.measure.feature.whitening, measure.feature.whitening)
 
 
 def test_a_model_chooses_its_context_and_its_image_score(calibrated, fitted, variant, held_out, photographs):
-    split, settings = {"stages": (0,), "context_stages": (1,)}, {"alpha": 0.0, "covariance": "general"}
+    split, settings = {"context_stages": (1,)}, {"alpha": 0.0, "covariance": "general"}
     denoiser = fitted.result()
     denoiser.config = variant(features=split, scoring=settings | {"context_weight": None, "top_pixels": None})
-    scorer = Scorer(denoiser, fitted.extractor)
+    scorer = Scorer(denoiser, FeatureExtractor.of(denoiser.config.features, context=True))
     choices = calibrate(scorer, held_out, photographs)
     assert {(c.context_weight, c.top_pixels) for c in choices} == set(itertools.product(CONTEXT_WEIGHTS, TOP_PIXELS))
     best = choices[0]

@@ -78,8 +78,7 @@ SETTINGS = {"weight": 2.0, "guidance": 0.5, "blur": 64.0, "eta": 0.7}
 @pytest.fixture(scope="module")
 def random_network(variant, extractor) -> Callable[..., Scorer]:
     """random_network(label, seed=..., **settings): restoring evidence of a random network with three classes."""
-    stages = {"context_stages": (0,), "stages": (1,)}
-    config = variant(scoring=RESTORATION, features=stages)
+    config = variant(scoring=RESTORATION)
     torch.manual_seed(0)
     denoiser = Denoiser(config, extractor.channels, num_classes=3)
     with torch.no_grad():
@@ -89,7 +88,7 @@ def random_network(variant, extractor) -> Callable[..., Scorer]:
     def build(label: int, seed: int = 0, **settings: float) -> Scorer:
         scorer = Scorer(denoiser, extractor, label=label)
         scoring = RESTORATION | {"restoration": SETTINGS | settings}
-        scorer.configure(variant(scoring=scoring, features=stages, training={"seed": seed}))
+        scorer.configure(variant(scoring=scoring, training={"seed": seed}))
         return scorer
 
     return build
@@ -122,10 +121,11 @@ def test_evidence_is_what_conditioned_reconstruction_gives(random_network, extra
                 eta=0.7,
             )
             change = torch.nn.functional.interpolate(restored - start, size=(32, 32), mode="bilinear")
-            first, second = extractor(x), extractor((x + change).clamp(-1, 1))
+            first, second = extractor(x).details, extractor((x + change).clamp(-1, 1)).details
         torch.testing.assert_close(evidence.pixel[:, scale], (start - restored).abs().mean(1), atol=1e-4, rtol=1e-3)
-        cosine = torch.nn.functional.cosine_similarity(first[:, 16:], second[:, 16:], dim=1)  # stage 1 alone
-        torch.testing.assert_close(evidence.feature[:, scale], 1 - cosine, atol=1e-4, rtol=1e-2)
+        stages = zip(first.split([16, 24], 1), second.split([16, 24], 1), strict=True)
+        cosines = sum(torch.nn.functional.cosine_similarity(*pair, dim=1) for pair in stages)
+        torch.testing.assert_close(evidence.feature[:, scale], 2 - cosines, atol=1e-4, rtol=1e-2)
         residuals.append(denoiser.target(first) - denoiser.target(second))
     torch.testing.assert_close(evidence.residuals, torch.stack(residuals).mean(0), atol=1e-3, rtol=1e-2)
 

@@ -11,7 +11,9 @@ import skimage.transform
 import timm
 import torch
 from timm.layers import Conv2dSame
+from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.config import FeatureConfig
 from pipeline.errors import UserError
 from pipeline.features import OFFLINE_WEIGHTS, FeatureExtractor, load_backbone, offline_weights, resize_features
 from pipeline.same_padding import SameConv2d, use_same_convolutions
@@ -55,7 +57,7 @@ def test_packaged_weights_recognise_a_cat(no_network, name):
 def test_packaged_extractors_load_without_a_network(no_network, name, channels):
     extractor = FeatureExtractor(name, stages=(0, 1, 2, 3), grid=16)
     assert extractor.channels == channels
-    found = extractor(torch.zeros(2, 3, 64, 64))
+    found = extractor(torch.zeros(2, 3, 64, 64)).details
     assert found.shape == (2, channels, 16, 16)
     assert found.dtype == torch.float32
     assert found.std() > 0
@@ -65,11 +67,35 @@ def test_features_are_the_stages_of_the_whole_network():
     extractor = FeatureExtractor(LITE0, stages=(1, 3), grid=14)
     assert extractor.channels == 24 + 112
     with torch.no_grad():
-        found = extractor(cat())
+        found = extractor(cat()).details
         stages = whole_network(LITE0).forward_intermediates(cat(), indices=[1, 3], intermediates_only=True)
     assert [tuple(stage.shape[1:]) for stage in stages] == [(24, 56, 56), (112, 14, 14)]
     torch.testing.assert_close(found[:, :24], stages[0].reshape(1, 24, 14, 4, 14, 4).mean((3, 5)))
     torch.testing.assert_close(found[:, 24:], stages[1])
+
+
+def test_context_is_deeper_coarser_and_only_there_when_asked_for():
+    config = FeatureConfig(stages=(0, 2), context_stages=(2, 4), grid=28, neighbourhood=3)
+    extractor, without = (FeatureExtractor.of(config, context=context) for context in (True, False))
+    assert extractor.stage_channels == {0: 16, 2: 40, 4: 320}
+    with torch.no_grad():
+        found = extractor(cat())
+        alone = without(cat())
+        deep = whole_network(LITE0).forward_intermediates(cat(), indices=[2, 4], intermediates_only=True)
+    assert (found.details.shape, found.context.shape) == ((1, 56, 28, 28), (1, 360, 14, 14))
+    torch.testing.assert_close(alone.details, found.details)
+    assert alone.context is None
+    averaged = torch.nn.functional.avg_pool2d(deep[0], 2)[:, :, 5:8, 3:6].mean((2, 3))
+    torch.testing.assert_close(found.context[:, :40, 6, 4], averaged)
+
+
+def test_blocks_that_nobody_asks_for_are_not_computed():
+    def products(stages):
+        with FlopCounterMode(display=False) as counted:
+            FeatureExtractor(LITE0, stages=stages, grid=8)(torch.zeros(1, 3, 64, 64))
+        return counted.get_total_flops()
+
+    assert products((0,)) < products((1,)) < products((2,)) < products((0, 3)) < 0.8 * products((3, 4))
 
 
 @pytest.mark.parametrize(
@@ -102,16 +128,16 @@ def test_extractors_do_without_padded_copies_and_say_the_same(side):
 def test_lite_extractors_take_the_diffusion_range_as_it_is():
     extractor = FeatureExtractor(LITE0, stages=(0,), grid=112)
     with torch.no_grad():
-        torch.testing.assert_close(extractor(cat()), extractor.backbone(cat())[0])
+        torch.testing.assert_close(extractor(cat()).details, extractor.backbone(cat())[0])
 
 
 def test_other_normalisations_are_converted():
     extractor = FeatureExtractor(LITE0, stages=(0,), grid=112)
-    expected = extractor(cat())
+    expected = extractor(cat()).details
     extractor.mean, extractor.std = torch.full((1, 3, 1, 1), 0.25), torch.full((1, 3, 1, 1), 0.125)
     # What this extractor must be shown so that its backbone sees the cat: pixel = 0.25 + 0.125 cat, in [0, 1].
     shown = 2 * (0.25 + 0.125 * cat()) - 1
-    torch.testing.assert_close(extractor(shown), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(extractor(shown).details, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_extractor_is_frozen_but_lets_gradients_reach_the_image():
@@ -120,7 +146,7 @@ def test_extractor_is_frozen_but_lets_gradients_reach_the_image():
     assert extractor.train() is extractor
     assert not any(module.training for module in extractor.modules())
     x = cat()[..., :32, :32].clone().requires_grad_()
-    extractor(x).square().mean().backward()
+    extractor(x).details.square().mean().backward()
     assert x.grad.abs().max() > 0
     assert not any(p.requires_grad or p.grad is not None for p in extractor.parameters())
     for key, value in extractor.state_dict().items():
@@ -156,5 +182,5 @@ def test_a_larger_input_gives_finer_features():
     )
     enlarged = torch.nn.functional.interpolate(x, size=(64, 64), mode="bicubic", align_corners=False)
     # Normalised before or after it is enlarged: another rounding.
-    torch.testing.assert_close(larger(x), plain(enlarged), rtol=1e-5, atol=5e-5)
-    assert not torch.allclose(larger(x), plain(x), atol=0.1)
+    torch.testing.assert_close(larger(x).details, plain(enlarged).details, rtol=1e-5, atol=5e-5)
+    assert not torch.allclose(larger(x).details, plain(x).details, atol=0.1)

@@ -82,7 +82,7 @@ def test_result_holds_the_averaged_weights_and_the_feature_scale(fitted):
 
 def test_feature_targets_are_standardised_over_the_training_photographs(fitted, photographs, extractor):
     with torch.no_grad():
-        target = fitted.denoiser.target(extractor(torch.from_numpy(to_unit_range(photographs))))
+        target = fitted.denoiser.target(extractor(torch.from_numpy(to_unit_range(photographs))).details)
     channels = target.permute(1, 0, 2, 3).flatten(1)
     torch.testing.assert_close(channels.mean(1), torch.zeros(40), atol=1e-3, rtol=0)
     torch.testing.assert_close(channels.std(1), torch.ones(40), atol=1e-2, rtol=0)

@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.calibration import calibrate
+from pipeline.denoiser import Denoiser
 from pipeline.errors import UserError
+from pipeline.features import FeatureExtractor
 from pipeline.model_store import (
-    FORMAT,
     model_categories,
     model_info,
     new_version,
@@ -29,7 +30,8 @@ from pipeline.model_store import (
     weights_of,
 )
 from pipeline.model_versions import networks_in_use, publish
-from pipeline.model_weights import load_scorer, save_model
+from pipeline.model_weights import load_scorer, load_uncalibrated, save_model
+from pipeline.scoring import Scorer
 from pipeline.storage import Location
 
 NOW = datetime(2026, 1, 31, 9, 30, tzinfo=UTC)
@@ -90,7 +92,7 @@ def test_a_loaded_model_scores_as_the_saved_one(models, stored, scorer, fresh):
 def test_context_reach_and_turns_come_back(models, calibrated, fresh):
     by_place = {"covariance": "place", "place_dimensions": 7, "context_weight": 0.25, "place_reach": 1, "alpha": 0.0}
     turned = {"prediction": "ignore", "place_turns": True}
-    scorer = calibrated(features={"stages": (0,), "context_stages": (1,)}, scoring=by_place | turned)
+    scorer = calibrated(features={"context_stages": (1,)}, scoring=by_place | turned)
     save_model(models, "cloth", "v1", scorer, None, {})
     publish(models, "cloth", "v1")
     info = model_info(models, "cloth")
@@ -107,39 +109,64 @@ def test_models_of_releases_that_knew_no_reach_have_none(models, stored, scorer,
     np.testing.assert_array_equal(load_scorer(info).score(fresh).maps, scorer.score(fresh).maps)
 
 
-@pytest.mark.parametrize(("weight", "outdated"), [(0.25, True), (0.0, False)])
-def test_models_that_measured_context_otherwise_are_calibrated_again_before_they_score(
-    models, calibrated, photographs, held_out, weight, outdated
-):
-    by_place = {"covariance": "place", "place_dimensions": 7, "context_weight": weight}
-    scorer = calibrated(features={"stages": (0,), "context_stages": (1,)}, scoring=by_place)
-    folder = as_path(save_model(models, "cloth", "v1", scorer, None, {}))
-    publish(models, "cloth", "v1")
-    text = json.loads((folder / "model.json").read_text())
-    del text["config"]["scoring"]["context_cells"]
-    (folder / "model.json").write_text(json.dumps(text | {"format": 4}))
-    assert model_info(models, "cloth").outdated == outdated
-    if not outdated:
-        assert scoring_model(models, "cloth") == model_info(models, "cloth")
-        return
-    tensors = load_file(folder / "weights.safetensors")
-    save_file(
-        {name: tensor for name, tensor in tensors.items() if not name.startswith("context.")}
-        | {f"context_gaussian.{name}": torch.ones(1) for name in ("projection", "mean", "whitening")},
-        folder / "weights.safetensors",
+@pytest.fixture
+def networks(models, fitted, variant, photographs, held_out):
+    """networks(weight): a calibrated model with that weight of context, stored as now and as releases stored it whose networks
+    predicted context, too."""
+
+    def build(weight):
+        scoring = {"covariance": "place", "place_dimensions": 7, "context_weight": weight, "alpha": 0.0}
+        config = variant(features={"stages": (0,), "context_stages": (1,)}, scoring=scoring)
+        denoiser, predicting_both = Denoiser(config, 16), fitted.result().state_dict()
+        denoiser.load_state_dict(
+            {name: tensor[:16] if len(tensor) == 40 else tensor for name, tensor in predicting_both.items()}
+        )
+        scorer = Scorer(denoiser, FeatureExtractor.of(config.features, context=True))
+        calibrate(scorer, held_out, photographs)
+        for version in ("now", "then"):
+            folder = as_path(save_model(models, "cloth", version, scorer, None, {}))
+        publish(models, "cloth", "then")
+        rewrite(folder / "model.json", format=5)
+        tensors = load_file(folder / "weights.safetensors")
+        tensors |= {f"denoiser.{name}": tensor for name, tensor in predicting_both.items()}
+        projection = tensors["feature_gaussian.projection"]
+        tensors["feature_gaussian.projection"] = torch.cat([projection, projection.new_zeros(7, 24)], 1)
+        save_file(tensors, folder / "weights.safetensors")
+        return scorer
+
+    return build
+
+
+def test_models_whose_networks_predict_context_score_without_it(models, networks, fresh):
+    scorer = networks(0.0)
+    assert scoring_model(models, "cloth").predicts_context
+    np.testing.assert_array_equal(
+        load_scorer(scoring_model(models, "cloth")).score(fresh).maps, scorer.score(fresh).maps
     )
+    copy = replace_threshold(
+        model_info(models, "cloth"), 7.25, rate=0.05, false_alarms=(0.01, 0.2), reason={"night": "x"}, now=NOW
+    )
+    assert model_info(models, "cloth").version == copy
+    np.testing.assert_array_equal(load_scorer(model_info(models, "cloth")).score(fresh).maps, scorer.score(fresh).maps)
+
+
+def test_models_that_measured_context_otherwise_are_calibrated_again_before_they_score(
+    models, networks, photographs, held_out
+):
+    scorer = networks(0.25)
+    assert model_info(models, "cloth").outdated
+    assert not model_info(models, "cloth", "now").outdated
     with pytest.raises(UserError, match=r"calibrated for what this release measures otherwise: run .*--calibrate-only"):
         scoring_model(models, "cloth")
-    assert networks_in_use(models, ("cloth",), scorer.config, None) == ("v1",)
-    network = load_scorer(model_info(models, "cloth"))
-    assert network.calibration is None, "nobody scores with it by mistake"
-    network.configure(scorer.config)
+    assert networks_in_use(models, ("cloth",), scorer.config, None) == ("then",)
+    network = load_uncalibrated(model_info(models, "cloth"), scorer.config)
+    assert network.calibration is None
     calibrate(network, held_out, photographs)
     np.testing.assert_array_equal(network.score(held_out).maps, scorer.score(held_out).maps)
 
 
 def test_which_stages_are_context_is_nothing_to_the_network(models, scorer, variant):
-    apart = variant(features={"stages": (0,), "context_stages": (1,)})
+    apart = variant(features={"context_stages": (1,)})
     assert apart != scorer.config
     save_model(models, "cloth", "v1", scorer, None, {})
     publish(models, "cloth", "v1")
@@ -230,7 +257,9 @@ def test_another_threshold_is_another_version_that_scores_the_same(models, store
     assert info.version == version > stored.name
     assert info.config.scoring.false_alarm_rate == 0.05
     assert version.endswith(info.config.digest())
-    assert json.loads((stored.parent / version / "model.json").read_text())["format"] == FORMAT
+    assert json.loads((stored.parent / version / "model.json").read_text())["format"] == 3, (
+        "its weights are as they were"
+    )
     loaded = load_scorer(info)
     assert loaded.calibration.threshold == 7.25
     assert (loaded.calibration.false_alarms_low, loaded.calibration.false_alarms_high) == (0.01, 0.2)

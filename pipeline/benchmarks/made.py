@@ -38,7 +38,7 @@ def photographs(count: int, side: int, *, camera_noise: float = 2.0, seed: int =
 def random_scorer(config: Config, device: torch.device) -> Scorer:
     """A scorer of these settings with random weights: as fast as a trained one."""
     config = settled(config)
-    extractor = FeatureExtractor.of(config.features)
+    extractor = FeatureExtractor.of(config.features, context=config.scoring.context_weight != 0)
     torch.manual_seed(config.training.seed)
     denoiser = Denoiser(config, extractor.channels, CLASSES if config.joint else None)
     with torch.no_grad():

@@ -52,7 +52,8 @@ class PublishedScorer(Scorer):
         scoring = self.config.scoring
         x = torch.from_numpy(to_unit_range(images_nhwc)).to(self.device)
         x_start = self.denoiser.shrink(x)
-        target = self.denoiser.target(self.extractor(x))
+        details, context = self.extractor(x)
+        target = self.denoiser.target(details)
         labels = None if self.label is None else torch.tensor([self.label], device=self.device)
         kl, denoising, residuals = [], [], []
         for index, noise in zip(scoring.timesteps, fixed_noise(self.config).to(self.device), strict=True):
@@ -69,6 +70,7 @@ class PublishedScorer(Scorer):
             torch.stack(kl, 1),
             torch.cat(denoising, 1),
             target,
+            context,
             lambda: residual.square().mean(2),
             lambda: residual.mean(1),
         )

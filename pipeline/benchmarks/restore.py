@@ -99,7 +99,7 @@ def _feature_distances(scorer: Scorer, clean: np.ndarray, found: np.ndarray) -> 
     with torch.inference_mode():
         for a, b in zip(clean, found, strict=True):
             pair = torch.from_numpy(to_unit_range(np.stack([a, b]))).to(scorer.device)
-            first, second = scorer.denoiser.target(scorer.extractor(pair))
+            first, second = scorer.denoiser.target(scorer.extractor(pair).details)
             cells = (first - second).square().mean(0)[None, None]
             distances.append(F.interpolate(cells, size=a.shape[:2], mode="nearest")[0, 0].cpu().numpy())
     return np.stack(distances)

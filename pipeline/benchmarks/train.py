@@ -24,7 +24,7 @@ def measure_train(
     count = max(CLASSES, 2 * training.batch_size)
     images = photographs(count, config.scoring.map_size)
     labels = np.arange(count) % CLASSES if config.joint else None
-    extractor = FeatureExtractor.of(config.features)
+    extractor = FeatureExtractor.of(config.features, context=False)
     ours = Fit(config, images, extractor, labels=labels, device=device)
     baseline = published_fit(config, images, extractor, labels=labels, device=device)
     counted = Fit(config, images, extractor, labels=labels, device=device)
