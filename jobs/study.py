@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.images import ImageError, decode_mask, resize_mask
 from pipeline.measures import fit_measures
 from pipeline.model_store import model_categories, scoring_model
-from pipeline.model_weights import load_scorer
+from pipeline.model_weights import load_scorer, load_uncalibrated
 from pipeline.selection import summary
 from pipeline.storage import Location
 from pipeline.storage_checks import require_writable
@@ -80,9 +80,9 @@ def study_category(
 ) -> list[dict[str, Any]]:
     """Every measure and weight of the pixel branch, with its figures on implanted and on labelled defects."""
     info = scoring_model(models, category)
-    scorer = load_scorer(info, device=device)
-    assert scorer.calibration is not None
-    feature = scorer.calibration.measure.feature
+    calibration = load_scorer(info, device=device).calibration
+    assert calibration is not None
+    feature = calibration.measure.feature
     kept = {
         "covariance": "none" if feature is None else "place" if feature.by_place else "general",
         "subtract_prediction": info.subtract_prediction,
@@ -92,8 +92,8 @@ def study_category(
         "alpha": info.calibration["alpha"],
         "top_pixels": info.calibration["top_pixels"],
     }
-    config = scorer.config
-    scorer.configure(config)
+    config = info.config
+    scorer = load_uncalibrated(info, config, device=device)
     side = config.scoring.map_size
     normal = load_photographs(training_records(dataset, layout, category), side)
     if info.classes is None and data_fingerprint(normal) != info.provenance["data_fingerprint"]:

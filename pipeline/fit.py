@@ -183,7 +183,7 @@ class Fit:
 
     def scorer(self, label: int | None = None) -> Scorer:
         """A scorer with the averaged weights, not yet calibrated; for one class when joint."""
-        extractor = FeatureExtractor.of(self.config.features, context=self.config.scoring.context_weight != 0)
+        extractor = FeatureExtractor.of(self.config.features, context=True)
         return Scorer(self.result(), extractor, device=self.device, label=label)
 
     def state_dict(self) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
 def load_uncalibrated(info: ModelInfo, config: Config, *, device: torch.device | str = "cpu") -> Scorer:
     """The network of a stored model under other settings of scoring, not calibrated. Raises UserError as load_scorer does."""
     with _reading(info):
-        extractor = FeatureExtractor.of(config.features, context=config.scoring.context_weight != 0)
+        extractor = FeatureExtractor.of(config.features, context=True)
         denoiser = _denoiser(info, _tensors(info, device), extractor)
     denoiser.config = config
     return Scorer(denoiser, extractor, device=device, label=_label(info))

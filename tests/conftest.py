@@ -138,7 +138,7 @@ def calibrated(
         if config.digest() not in built:
             denoiser = fitted.result()
             denoiser.config = config
-            extractor = FeatureExtractor.of(config.features, context=config.scoring.context_weight != 0)
+            extractor = FeatureExtractor.of(config.features, context=True)
             built[config.digest()] = Scorer(denoiser, extractor)
             calibrate(built[config.digest()], held_out, photographs)
         return built[config.digest()]

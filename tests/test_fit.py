@@ -88,6 +88,12 @@ def test_feature_targets_are_standardised_over_the_training_photographs(fitted, 
     torch.testing.assert_close(channels.std(1), torch.ones(40), atol=1e-2, rtol=0)
 
 
+def test_a_network_learns_no_context_and_its_scorer_sees_some(variant, photographs, extractor):
+    fit = Fit(variant(features={"context_stages": (1,)}), photographs, extractor)
+    assert fit.denoiser.feature_mean.numel() == extractor.channels == 16 + 24
+    assert fit.scorer().evidence(photographs[:2]).context.shape == (2, 24, 4, 4)
+
+
 def test_feature_targets_stay_raw_when_asked(variant, photographs, extractor):
     fit = Fit(variant(features={"standardise": False}), photographs, extractor)
     features = torch.randn(1, 40, 8, 8)
