@@ -60,7 +60,7 @@ class Options:
     categories: tuple[str, ...] = ()
     """Categories to train, or to list; all when omitted."""
     only_missing: bool = False
-    """Leave out categories whose model was trained with the same settings on the same files."""
+    """Leave out categories whose model was trained with the same settings on the same files and can score as it is."""
     preset: PresetName = "fast"
     """Named settings: for a CPU (minutes a category) demo, fast, texture (restored photographs beside the given ones) and
     gaussian (PaDiM, a baseline without training); for a GPU best, paper (as published) and unified (the same with one

@@ -11,8 +11,8 @@ import torch
 from pipeline.fit import Fit
 from pipeline.storage import Location
 
-FORMAT = 1
-"""Of what a checkpoint holds; to be raised where `Fit.state_dict` changes."""
+FORMAT = 2
+"""Of what a checkpoint holds; to be raised where `Fit.state_dict` changes, or the network of the same settings."""
 
 
 @dataclass(frozen=True)

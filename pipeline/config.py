@@ -60,7 +60,8 @@ class FeatureConfig(Section):
     grid: int = Field(64, ge=4)
     """Side of the feature map in cells; `image_size / grid` must be a power of two within the U-Net."""
     neighbourhood: int = Field(1, ge=1)
-    """Side of the window, in cells, over which each cell's features are averaged; odd."""
+    """Side of the window, in cells, over which each cell's features are averaged; odd. Context has half as many cells each way,
+    so that its window is twice as wide."""
     standardise: bool = True
     """Scale each channel to zero mean and unit variance over the training images. Off: raw features, as published."""
 

@@ -77,7 +77,7 @@ class Source(ABC):
     def seen(self, x: Tensor, n: int) -> Features:
         """Of the first n photographs; details on the scale that the network predicts."""
         details, context = self.denoiser.features(self.extractor, x)
-        return Features(self.denoiser.target(details[:n]), None if context is None else context[:n])
+        return Features(self.denoiser.target(details)[:n], None if context is None else context[:n])
 
     def cells(self, pixel: Tensor, changed: Tensor) -> Tensor:
         """`denoising_cells` on the configured grid."""

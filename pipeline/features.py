@@ -116,6 +116,12 @@ def resize_features(features: Tensor, grid: int) -> Tensor:
     return F.interpolate(features, size=(grid, grid), mode="bilinear", align_corners=False)
 
 
+def stage_channels(name: str, stages: Sequence[int]) -> dict[int, int]:
+    """Channels of these stages of a timm model, ascending; its weights are not asked for."""
+    model: Any = timm.create_model(name, pretrained=False, features_only=True, out_indices=sorted({*stages}))
+    return dict(zip(sorted({*stages}), model.feature_info.channels(), strict=True))
+
+
 def load_backbone(name: str, stages: Sequence[int]) -> nn.Module:
     """A timm feature network with ImageNet weights, in evaluation mode. Raises UserError where these are not to be had."""
     if not timm.is_model(name):
@@ -139,7 +145,9 @@ def _pretrained(name: str, stages: Sequence[int]) -> nn.Module:
     try:
         backbone = timm.create_model(name, pretrained=False, features_only=True, out_indices=tuple(stages))
     except IndexError as error:
-        raise UserError(f"{name} has no stage {max(stages)}: lower features.stages, first stage 0") from error
+        raise UserError(
+            f"{name} has no stage {max(stages)}: lower features.stages or features.context_stages, first stage 0"
+        ) from error
     weights = offline_weights(name)
     backbone.load_state_dict({key: weights[key] for key in backbone.state_dict()})
     return backbone

@@ -181,10 +181,10 @@ class Fit:
             parameter.data.copy_(average)
         return denoiser
 
-    def scorer(self, label: int | None = None) -> Scorer:
-        """A scorer with the averaged weights, not yet calibrated; for one class when joint."""
-        extractor = FeatureExtractor.of(self.config.features, context=True)
-        return Scorer(self.result(), extractor, device=self.device, label=label)
+    def scorer(self, extractor: FeatureExtractor | None = None, label: int | None = None) -> Scorer:
+        """A scorer with the averaged weights, not yet calibrated. extractor: with context, where scoring may look at it, instead
+        of the one that it was trained with; label: its class when joint."""
+        return Scorer(self.result(), extractor or self.extractor, device=self.device, label=label)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs; loads with torch.load(weights_only=True)."""

@@ -111,7 +111,7 @@ def replace_threshold(
     (folder / "model.json").write_json(
         text
         | {
-            "version": version,
+            "version": version,  # and the format stays: it says how the weights are to be read
             "config": config.model_dump(mode="json"),
             "calibration": info.calibration | numbers,
             "provenance": info.provenance | {"recalibrated": {**reason, "weights_of": weights_of(info)}},

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.denoiser import Denoiser
 from pipeline.errors import UserError
-from pipeline.features import FeatureExtractor
+from pipeline.features import FeatureExtractor, stage_channels
 from pipeline.gaussian import NormalGaussian
 from pipeline.model_store import FORMAT, ModelInfo
 from pipeline.nearest import NearestNormal
@@ -118,7 +118,7 @@ def _reading(info: ModelInfo) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (FileNotFoundError, SafetensorError, RuntimeError, TypeError) as error:
+    except (FileNotFoundError, SafetensorError, RuntimeError, TypeError, IndexError) as error:
         first = "; ".join(line.strip() for line in str(error).splitlines()[:3])
         raise UserError(f"the weights of {info.location} cannot be used ({first}): train the category again") from error
 
@@ -132,9 +132,9 @@ def _tensors(info: ModelInfo, device: torch.device | str) -> dict[str, Tensor]:
 
 def _without_context(info: ModelInfo, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What is left of a network that predicts context stages, too, and of the Gaussian of its features, without these."""
-    channels = FeatureExtractor.of(info.config.features, context=True).stage_channels
-    stages = [torch.full((count,), stage in info.config.features.stages) for stage, count in channels.items()]
-    kept = torch.cat(stages)
+    features = info.config.features
+    channels = stage_channels(features.extractor, [*features.stages, *features.context_stages])
+    kept = torch.cat([torch.full((count,), stage in features.stages) for stage, count in channels.items()])
     found = {name: tensors[name][kept] for name in _PREDICTED if name in tensors}
     if (projection := tensors.get("feature_gaussian.projection")) is not None:
         found["feature_gaussian.projection"] = projection[:, kept]

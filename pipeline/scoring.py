@@ -39,7 +39,7 @@ class Measure(NamedTuple):
     subtract_prediction: bool
     """Whether `feature` measures residuals rather than features."""
     context: NearestNormal | None = None
-    """Measures deeper stages of the features, which see more of the surroundings."""
+    """Measures `Evidence.context`, which sees more of the surroundings."""
     context_weight: float = 0.0
     """Share of `context` in the feature map; distances are about 1 for normal cells in both."""
     reach: int = 0

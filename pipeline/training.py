@@ -55,6 +55,7 @@ def train(
     images = load_training_images(records, job.config.training, job.config.scoring.map_size, load)
     if job.versions:
         return calibrate_anew(job, images, report, started, device)
+    with_context = FeatureExtractor.of(job.config.features, context=True)  # fails now where it has no such stages
     fit = begun(job, images, rank, device)
     checkpoints = Checkpoints(job.run_folder, images.fingerprint)
     warning = checkpoints.resume(fit)
@@ -84,7 +85,7 @@ def train(
         history = {"resumed_at_step": resumed_at, "losses": losses, "initial_weights": start}
         now, labels = datetime.now(UTC), range(len(job.categories)) if job.config.joint else (None,)
         found = {
-            category: store(job, category, fit.scorer(label), images, history, started, now)
+            category: store(job, category, fit.scorer(with_context, label), images, history, started, now)
             for category, label in zip(job.categories, labels, strict=True)
         }
         put_in_use(job, found)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
+from pipeline.features import FeatureExtractor
 from pipeline.fit import Fit, Rank, batch_indices, hash_seed, rotate
 from pipeline.images import to_unit_range
 from pipeline.training_images import split_holdout
@@ -89,9 +90,12 @@ def test_feature_targets_are_standardised_over_the_training_photographs(fitted, 
 
 
 def test_a_network_learns_no_context_and_its_scorer_sees_some(variant, photographs, extractor):
-    fit = Fit(variant(features={"context_stages": (1,)}), photographs, extractor)
+    config = variant(features={"context_stages": (1,)})
+    fit = Fit(config, photographs, extractor)
     assert fit.denoiser.feature_mean.numel() == extractor.channels == 16 + 24
-    assert fit.scorer().evidence(photographs[:2]).context.shape == (2, 24, 4, 4)
+    seeing = fit.scorer(FeatureExtractor.of(config.features, context=True))
+    assert seeing.evidence(photographs[:2]).context.shape == (2, 24, 4, 4)
+    assert fit.scorer().evidence(photographs[:2]).context is None
 
 
 def test_feature_targets_stay_raw_when_asked(variant, photographs, extractor):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -111,15 +110,16 @@ def test_models_of_releases_that_knew_no_reach_have_none(models, stored, scorer,
 
 @pytest.fixture
 def networks(models, fitted, variant, photographs, held_out):
-    """networks(weight): a calibrated model with that weight of context, stored as now and as releases stored it whose networks
-    predicted context, too."""
+    """networks(stages, context_stages, covariance, weight): a calibrated model of them, stored as "now" and as "then", in use, as
+    releases stored it whose networks predicted context, too."""
 
-    def build(weight):
-        scoring = {"covariance": "place", "place_dimensions": 7, "context_weight": weight, "alpha": 0.0}
-        config = variant(features={"stages": (0,), "context_stages": (1,)}, scoring=scoring)
-        denoiser, predicting_both = Denoiser(config, 16), fitted.result().state_dict()
+    def build(stages, context_stages, covariance, weight):
+        scoring = {"covariance": covariance, "place_dimensions": 7, "context_weight": weight, "alpha": 0.0}
+        config = variant(features={"stages": stages, "context_stages": context_stages}, scoring=scoring)
+        details = slice(0, 16) if stages == (0,) else slice(16, 40)
+        denoiser, predicting_both = Denoiser(config, len(range(40)[details])), fitted.result().state_dict()
         denoiser.load_state_dict(
-            {name: tensor[:16] if len(tensor) == 40 else tensor for name, tensor in predicting_both.items()}
+            {name: tensor[details] if len(tensor) == 40 else tensor for name, tensor in predicting_both.items()}
         )
         scorer = Scorer(denoiser, FeatureExtractor.of(config.features, context=True))
         calibrate(scorer, held_out, photographs)
@@ -130,30 +130,42 @@ def networks(models, fitted, variant, photographs, held_out):
         tensors = load_file(folder / "weights.safetensors")
         tensors |= {f"denoiser.{name}": tensor for name, tensor in predicting_both.items()}
         projection = tensors["feature_gaussian.projection"]
-        tensors["feature_gaussian.projection"] = torch.cat([projection, projection.new_zeros(7, 24)], 1)
-        save_file(tensors, folder / "weights.safetensors")
+        wider = projection.new_zeros(len(projection), 40)
+        wider[:, details] = projection
+        save_file(tensors | {"feature_gaussian.projection": wider}, folder / "weights.safetensors")
         return scorer
 
     return build
 
 
-def test_models_whose_networks_predict_context_score_without_it(models, networks, fresh):
-    scorer = networks(0.0)
-    assert scoring_model(models, "cloth").predicts_context
-    np.testing.assert_array_equal(
-        load_scorer(scoring_model(models, "cloth")).score(fresh).maps, scorer.score(fresh).maps
-    )
+@pytest.mark.parametrize("covariance", ["place", "general"])
+@pytest.mark.parametrize(("stages", "context_stages"), [((0,), (1,)), ((1,), (0,)), ((0,), (0, 1))])
+def test_models_whose_networks_predict_context_score_without_it(
+    models, networks, fresh, stages, context_stages, covariance
+):
+    scorer = networks(stages, context_stages, covariance, 0.0)
+    expected = scorer.score(fresh).maps
+    np.testing.assert_array_equal(load_scorer(scoring_model(models, "cloth")).score(fresh).maps, expected)
     copy = replace_threshold(
         model_info(models, "cloth"), 7.25, rate=0.05, false_alarms=(0.01, 0.2), reason={"night": "x"}, now=NOW
     )
     assert model_info(models, "cloth").version == copy
-    np.testing.assert_array_equal(load_scorer(model_info(models, "cloth")).score(fresh).maps, scorer.score(fresh).maps)
+    np.testing.assert_array_equal(load_scorer(model_info(models, "cloth")).score(fresh).maps, expected)
+
+
+def test_weights_that_predict_other_channels_than_these_stages_have(models, networks):
+    networks((0,), (1,), "place", 0.0)
+    path = as_path(models) / "cloth/then/model.json"
+    config = json.loads(path.read_text())["config"]
+    config["features"]["context_stages"] = [1, 2]
+    rewrite(path, config=config)
+    assert "cannot be used" in told(load_scorer, model_info(models, "cloth"))
 
 
 def test_models_that_measured_context_otherwise_are_calibrated_again_before_they_score(
     models, networks, photographs, held_out
 ):
-    scorer = networks(0.25)
+    scorer = networks((0,), (1,), "place", 0.25)
     assert model_info(models, "cloth").outdated
     assert not model_info(models, "cloth", "now").outdated
     with pytest.raises(UserError, match=r"calibrated for what this release measures otherwise: run .*--calibrate-only"):

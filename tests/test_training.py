@@ -278,6 +278,31 @@ def test_a_checkpoint_that_cannot_be_used_costs_its_steps_and_no_more(job: Train
     assert model_info(job.models, "cloth").provenance["resumed_at_step"] == 0
 
 
+@pytest.mark.parametrize("folder", ["local"], indirect=True)
+def test_stages_that_the_extractor_has_not_fail_before_the_first_step(
+    job: TrainingJob, variant: Callable[..., Config]
+) -> None:
+    reported: list[dict[str, Any]] = []
+    config = variant(features={"context_stages": (1, 7)})
+    with pytest.raises(UserError, match=r"no stage 7: lower features.stages or features.context_stages"):
+        train(dataclasses.replace(job, config=config), load=load_photographs, report=reported.append)
+    assert not any("step" in facts for facts in reported)
+
+
+@pytest.mark.parametrize("folder", ["local"], indirect=True)
+def test_a_model_that_must_be_calibrated_again_is_not_up_to_date(
+    job: TrainingJob, variant: Callable[..., Config]
+) -> None:
+    scoring = {"context_weight": 0.5, "covariance": "general"}
+    job = dataclasses.replace(job, config=variant(features={"context_stages": (1,)}, scoring=scoring))
+    run(job)
+    known = "cloth", {job.settings_digest}, "0123"
+    assert up_to_date(job.models, *known)
+    file = model_info(job.models, "cloth").location / "model.json"
+    file.write_json(file.read_json() | {"format": 5})
+    assert not up_to_date(job.models, *known)
+
+
 def test_names_of_runs_follow_from_what_decides_them(job: TrainingJob, variant: Callable[..., Config]) -> None:
     names = {
         dataclasses.replace(job, **changes).run_name
