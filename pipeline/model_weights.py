@@ -98,7 +98,7 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
         )
         known: dict[str, Any] = {**_under("calibration.", tensors), **info.calibration}
         calibration = Calibration(measure=measure, **known)
-        denoiser = _denoiser(info, tensors, extractor)
+        denoiser = _denoiser(info, info.config, tensors, extractor)
     return Scorer(denoiser, extractor, calibration, device=device, label=_label(info))
 
 
@@ -106,8 +106,7 @@ def load_uncalibrated(info: ModelInfo, config: Config, *, device: torch.device |
     """The network of a stored model under other settings of scoring, not calibrated. Raises UserError as load_scorer does."""
     with _reading(info):
         extractor = FeatureExtractor.of(config.features, context=True)
-        denoiser = _denoiser(info, _tensors(info, device), extractor)
-    denoiser.config = config
+        denoiser = _denoiser(info, config, _tensors(info, device), extractor)
     return Scorer(denoiser, extractor, device=device, label=_label(info))
 
 
@@ -141,8 +140,8 @@ def _without_context(info: ModelInfo, tensors: dict[str, Tensor]) -> dict[str, T
     return tensors | found
 
 
-def _denoiser(info: ModelInfo, tensors: dict[str, Tensor], extractor: FeatureExtractor) -> Denoiser:
-    denoiser = Denoiser(info.config, extractor.channels, len(info.classes) if info.classes else None)
+def _denoiser(info: ModelInfo, config: Config, tensors: dict[str, Tensor], extractor: FeatureExtractor) -> Denoiser:
+    denoiser = Denoiser(config, extractor.channels, len(info.classes) if info.classes else None)
     denoiser.load_state_dict(_under("denoiser.", tensors))
     return denoiser
 

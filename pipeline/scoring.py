@@ -162,8 +162,7 @@ class Scorer:
     @torch.inference_mode()
     def features(self, images_nhwc: np.ndarray) -> Tensor:
         """uint8 (N, map_size, map_size, 3), N <= scoring.batch_size -> `Evidence.features`, without asking the network."""
-        x = self._batch(images_nhwc)
-        return self.denoiser.target(self.denoiser.features(self.extractor, x).details)[: len(images_nhwc)]
+        return self.source.seen(self._batch(images_nhwc), len(images_nhwc)).details
 
     def _batch(self, images_nhwc: np.ndarray) -> Tensor:
         """A full batch on the device: a fixed shape makes every image's arithmetic the same whatever its company."""
