@@ -17,7 +17,7 @@ import ray.data
 from pipeline.errors import UserError
 from pipeline.memory import ONE_HEAP
 from pipeline.resources import Node, Resources
-from pipeline.threads import WAITING
+from pipeline.threads import wait_briefly
 
 
 @contextmanager
@@ -29,8 +29,8 @@ def ray_session() -> Iterator[Resources]:
     of all workers stay in Ray's session folder.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    for variable in WAITING, ONE_HEAP:  # for the workers of a Ray that starts here
-        os.environ.setdefault(*variable)
+    wait_briefly()  # and so will the workers of a Ray that starts here
+    os.environ.setdefault(*ONE_HEAP)
     warnings.filterwarnings("ignore", module=r"ray\..*")
     remote = os.environ.get("RAY_ADDRESS", "local") != "local"
     _quiet_native_log()

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import os
 
-WAITING = "OMP_WAIT_POLICY", "PASSIVE"
-"""Threads that wait for each other sleep. By default they spin, which costs whatever else runs on the machine its time, and
-themselves too: two jobs side by side on two cores took twice as long; alone it makes no difference."""
+WAITING = "GOMP_SPINCOUNT", "10000"
+"""Threads that wait for each other look this often, about half a millisecond, before they sleep. To sleep at once costs a process
+that has its cores for itself a fifth of a training step, which has thousands of waits; to look on for as long as OpenMP does by
+default costs whatever else runs on the machine its time, and the threads theirs where cores are shared."""
+
+
+def wait_briefly() -> None:
+    """Let threads of this process, where OpenMP is not loaded yet, and of those that it starts wait so, unless the user has said
+    how threads wait."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault(*WAITING)
 
 
 def compute_with(threads: int) -> None:
-    """Give this process's torch so many threads. To be called before torch is imported, which is when OpenMP reads its policy."""
-    os.environ.setdefault(*WAITING)
+    """Give this process's torch so many threads. To be called before torch, and OpenMP with it, is imported."""
+    wait_briefly()
     import torch  # the driver and the readers know who calls this, and do without torch
 
     torch.set_num_threads(threads)
