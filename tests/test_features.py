@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.config import FeatureConfig
 from pipeline.errors import UserError
 from pipeline.features import OFFLINE_WEIGHTS, FeatureExtractor, load_backbone, offline_weights, resize_features
+from pipeline.relu6 import IntegerReLU6
 from pipeline.same_padding import SameConv2d, use_same_convolutions
 
 LITE0 = "tf_efficientnet_lite0"
@@ -123,6 +124,38 @@ def test_extractors_do_without_padded_copies_and_say_the_same(side):
         expected = stages.forward_intermediates(x, indices=[0, 1, 2, 3, 4], intermediates_only=True)
         for found, each in zip(backbone.to(memory_format=torch.channels_last)(x), expected, strict=True):
             torch.testing.assert_close(found, each)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_relu6_of_every_bfloat16_number_is_pytorchs(inplace):
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    numbers = numbers[~numbers.isnan()]  # 65 282, infinities and denormal ones among them
+    given = numbers.clone()
+    found = IntegerReLU6(inplace=inplace)(given)
+    assert torch.equal(found, torch.nn.functional.relu6(numbers))
+    assert (found.data_ptr() == given.data_ptr()) == inplace
+    assert torch.equal(given, found if inplace else numbers)
+
+
+def test_relu6_passes_gradients_and_other_precisions_on():
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.tensor([-1.0, 3.0, 7.0], dtype=dtype, requires_grad=True)
+        IntegerReLU6()(x).sum().backward()
+        assert x.grad.tolist() == [0, 1, 0]
+    assert IntegerReLU6()(torch.tensor([-1.0, 3.5, 7.0])).tolist() == [0, 3.5, 6]
+
+
+def test_extractors_use_it_and_say_the_same():
+    x = cat().to(memory_format=torch.channels_last)
+    ours = load_backbone(LITE0, [0, 1, 2, 3])
+    plain = deepcopy(ours)
+    for module in plain.modules():
+        if type(module) is IntegerReLU6:
+            module.__class__ = torch.nn.ReLU6
+    assert sum(type(module) is IntegerReLU6 for module in ours.modules()) > 20
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for found, expected in zip(ours(x), plain(x), strict=True):
+            assert torch.equal(found, expected)
 
 
 def test_lite_extractors_take_the_diffusion_range_as_it_is():
