@@ -397,12 +397,13 @@ def test_timestep_embedding_starts_with_cosines_from_frequency_1_to_1e_4():
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("shape", [(2, 64, 8, 12), (2, 64, 40, 36), (2, 1024, 6, 5)])
-def test_group_norm_is_pytorchs_in_whatever_way_it_is_computed(shape, layout):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_group_norm_is_pytorchs_in_whatever_way_it_is_computed(shape, layout, dtype):
     torch.manual_seed(0)
-    ours, theirs = GroupNorm(32, shape[1]), torch.nn.GroupNorm(32, shape[1])
+    ours, theirs = GroupNorm(32, shape[1]).to(dtype), torch.nn.GroupNorm(32, shape[1]).to(dtype)
     torch.nn.init.normal_(ours.weight)
     theirs.load_state_dict(ours.state_dict())
-    x = (3 + torch.randn(shape)).contiguous(memory_format=layout)
+    x = (3 + torch.randn(shape, dtype=dtype)).contiguous(memory_format=layout)
     with torch.no_grad():
         found = ours(x)
     torch.testing.assert_close(found, theirs(x), rtol=1e-4, atol=1e-4)
@@ -413,6 +414,18 @@ def test_group_norm_is_pytorchs_in_whatever_way_it_is_computed(shape, layout):
         norm(x).square().mul(torch.linspace(0, 1, shape[-1])).sum().backward()
         gradients.append(torch.cat([each.grad.flatten() for each in (x, norm.weight, norm.bias)]))
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
+def test_the_gradient_of_group_norm_in_bfloat16_is_as_good_as_its_rounding():
+    torch.manual_seed(0)
+    x, grad = ((mean + torch.randn(2, 64, 16, 16)).bfloat16() for mean in (3, 0.5))
+    gradients = []
+    for norm, dtype in ((GroupNorm(32, 64), torch.bfloat16), (torch.nn.GroupNorm(32, 64).double(), torch.float64)):
+        seen = x.to(dtype, memory_format=torch.channels_last).requires_grad_()
+        norm(seen).backward(grad.to(dtype))
+        gradients.append((seen.grad.double(), norm.weight.grad.double(), norm.bias.grad.double()))
+    for found, exact in zip(*gradients, strict=True):
+        assert (found - exact).norm() < 0.006 * exact.norm()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
