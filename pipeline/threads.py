@@ -11,8 +11,7 @@ default costs whatever else runs on the machine its time, and the threads theirs
 
 
 def wait_briefly() -> None:
-    """Let threads of this process, where OpenMP is not loaded yet, and of those that it starts wait so, unless the user has said
-    how threads wait."""
+    """Set `WAITING` for this process, if it has not loaded OpenMP yet, and those that it starts, unless the user chose how to wait."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault(*WAITING)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 SMALL_MAP, SMALL_GROUP = 1024, 16
@@ -63,16 +64,25 @@ class _CpuGroupNorm(torch.autograd.Function):
         def per_channel(values: Tensor) -> Tensor:
             return values.expand(n, groups, c // groups).reshape(n, c)
 
-        sum_grad, sum_grad_centred = (sums.view(n, groups, -1) for sums in _sums(grad, x, per_channel(mean)))
+        means = per_channel(mean)
+        sum_grad, sum_grad_centred = (sums.view(n, groups, -1) for sums in _sums(grad, x, means))
         sum_grad_xhat = sum_grad_centred * rstd
-        # dL/dx = rstd (w grad - mean_group(w grad) - xhat mean_group(w grad xhat)), as grad * a + x * b + constant.
+        # dL/dx = rstd (w grad - mean_group(w grad) - xhat mean_group(w grad xhat)), as grad * a + (x - mean) * b + constant.
         count = height * width * c // groups
-        b = -rstd * rstd * (w * sum_grad_xhat).sum(-1, keepdim=True) / count
-        constant = -rstd * (w * sum_grad).sum(-1, keepdim=True) / count - mean * b
-        a, b, constant = (per_channel(each).to(x.dtype)[:, :, None, None] for each in (w * rstd, b, constant))
-        grad_x = torch.addcmul(constant, x, b).addcmul_(grad, a)
+        a = per_channel(w * rstd)
+        b = per_channel(-rstd * rstd * (w * sum_grad_xhat).sum(-1, keepdim=True) / count)
+        constant = per_channel(-rstd * (w * sum_grad).sum(-1, keepdim=True) / count)
+        grad_x = _affine(x, means, b, constant).addcmul_(grad, a.to(x.dtype)[:, :, None, None])
         grad_weight = sum_grad_xhat.reshape(n, c).sum(0).to(weight.dtype)
         return grad_x, grad_weight, sum_grad.reshape(n, c).sum(0).to(weight.dtype), None, None
+
+
+def _affine(x: Tensor, mean: Tensor, factor: Tensor, constant: Tensor) -> Tensor:
+    """(x - mean) * factor + constant, each (N, C), in float32 and rounded once: a batch norm with fixed statistics."""
+    ones, result = torch.ones(x.shape[1]), torch.empty_like(x)
+    for i in range(len(x)):
+        result[i : i + 1] = F.batch_norm(x[i : i + 1], mean[i], ones, factor[i], constant[i], eps=0.0)
+    return result
 
 
 def _sums(grad: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
