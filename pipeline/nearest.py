@@ -16,6 +16,8 @@ CANDIDATES = 40_000
 """Cells of normal photographs that the kept ones are chosen from."""
 SKETCH = 64
 """Random directions in which candidates are compared with each other, as Roth et al. 2022 do: many times as fast."""
+FINEST = 1e-5
+"""Smallest mean distance of normal cells from each other, of the square of their length: a hundred times the rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +79,9 @@ def nearest_normal(samples: Tensor, stages: Sequence[int], count: int, seed: int
         for owner, photograph in enumerate(scaled.unflatten(0, samples.shape[:2]))
         if (owners != owner).any()
     ]
-    unit = torch.cat(distances).mean().clamp(min=1e-12).rsqrt()
+    # No finer than float32 tells such products apart, where normal cells are all alike.
+    finest = FINEST * kept.square().sum(1).mean()
+    unit = torch.cat(distances).mean().clamp(min=finest).clamp(min=1e-12).rsqrt()
     return NearestNormal(scale * unit, kept * unit)
 
 

@@ -11,7 +11,7 @@ default costs whatever else runs on the machine its time, and the threads theirs
 
 
 def wait_briefly() -> None:
-    """Set `WAITING` for this process, if OpenMP is not loaded yet, and those that it starts, unless the user chose how to wait."""
+    """Set `WAITING` for this process, if OpenMP is not loaded yet, and those that it starts; a user's own choice stays."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault(*WAITING)
 
