@@ -15,14 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from pipeline.benchmarks.decode import measure_decode
 from pipeline.benchmarks.fleet import measure_fleet
-from pipeline.benchmarks.machine import machine, versions
+from pipeline.benchmarks.machine import chosen_device, machine, versions
 from pipeline.benchmarks.made import random_scorer
 from pipeline.benchmarks.measured import Measured, differences, figures_table
 from pipeline.benchmarks.metrics import measure_metrics
@@ -42,6 +41,9 @@ from pipeline.scoring import Scorer
 from pipeline.storage import Location
 from pipeline.storage_checks import require_writable
 from pipeline.training_images import load_photographs, split_holdout
+
+if TYPE_CHECKING:  # pipeline.benchmarks says how threads wait before torch is loaded
+    import torch
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,7 @@ def measure_pipeline(options: Pipeline) -> Measured:
     """The night on the storage that was asked for, or on one of its own that is gone afterwards."""
     if options.images < 2 * options.shard_images * max(1, options.actors):
         raise UserError(f"--images {options.images}: take at least two shards of {options.shard_images} for each actor")
-    scorer = random_scorer(load_config(options.preset, options.set), torch.device("cpu"))
+    scorer = random_scorer(load_config(options.preset, options.set), chosen_device("cpu"))
     with storage_of(options.storage) as storage, ray_session() as resources:
         return measure_night(
             storage,
@@ -300,13 +302,6 @@ def storage_of(uri: str) -> Iterator[Location]:
         with seaweed_server(Path(folder)) as server:
             os.environ.update(server.environment(*server.key("owner")))
             yield new_bucket()
-
-
-def chosen_device(name: str) -> torch.device:
-    """The device of that name, or the best one. Raises UserError when it is not there."""
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: PyTorch sees no GPU here; use cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def chosen_scorer(options: Score, device: torch.device) -> Scorer:

@@ -152,10 +152,15 @@ def test_extractors_use_it_and_say_the_same():
     for module in plain.modules():
         if type(module) is IntegerReLU6:
             module.__class__ = torch.nn.ReLU6
-    assert sum(type(module) is IntegerReLU6 for module in ours.modules()) > 20
+    seen = []
+    for module in ours.modules():
+        if type(module) is IntegerReLU6:
+            module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for found, expected in zip(ours(x), plain(x), strict=True):
             assert torch.equal(found, expected)
+    assert len(seen) > 20
+    assert {*seen} == {torch.bfloat16}
 
 
 def test_lite_extractors_take_the_diffusion_range_as_it_is():

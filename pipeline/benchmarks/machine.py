@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipeline.errors import UserError
 from pipeline.model_store import package_versions
 
 MATRIX_UNITS = ("amx_bf16", "avx512_bf16")
@@ -27,10 +28,18 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "matrix_units": [flag for flag in MATRIX_UNITS if flag in cpu.get("flags", "").split()],
         "torch_threads": torch.get_num_threads(),
+        "waiting": {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ},
         "memory_gib": round(memory / 2**30, 1),
         "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "system": platform.platform(),
     }
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of that name, or the best one. Raises UserError when it is not there."""
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: PyTorch sees no GPU here; use cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def versions() -> dict[str, str]:
