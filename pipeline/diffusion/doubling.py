@@ -23,6 +23,13 @@ class DoublingConv2d(nn.Conv2d):
             return super().forward(doubled(x))
         return F.conv_transpose2d(x, doubling_kernel(self.weight), self.bias, stride=2, padding=1)
 
+    @torch.no_grad()
+    def as_transposed(self) -> nn.ConvTranspose2d:
+        """What it computes on a CPU, with the kernel worked out once: for weights that change no more."""
+        found = nn.ConvTranspose2d(self.in_channels, self.out_channels, 4, stride=2, padding=1)
+        found.load_state_dict(self.state_dict() | {"weight": doubling_kernel(self.weight)})
+        return found
+
 
 def doubled(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, C, 2 H, 2 W): every pixel four times."""

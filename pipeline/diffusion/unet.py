@@ -125,7 +125,8 @@ class FeatureHead(nn.Sequential):
         (N scales, channels, G, G) -> (N, feature_channels, G, G)."""
         norm, activation, convolution = self
         with torch.autocast(x.device.type, enabled=False):
-            return convolution(activation(norm(x.float())).unflatten(0, (-1, scales)).mean(1))
+            # A sum of slices, which PyTorch adds up sooner than it takes a mean over an inner dimension.
+            return convolution(sum(activation(norm(x.float())).unflatten(0, (-1, scales)).unbind(1)) / scales)
 
 
 class UNet(nn.Module):
