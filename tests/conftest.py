@@ -29,6 +29,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Tests are small and may run beside each other: a second thread costs more than it brings.
 torch.set_num_threads(1)
 
+LONGEST = ("test_jobs.py", "test_training_jobs.py", "test_cluster_jobs.py", "test_nights.py")
+"""Files of tests that take minutes, starting Ray again and again."""
+
 TINY = Config(
     preset="tiny",
     network=NetworkConfig(
@@ -60,6 +63,12 @@ def make_photographs(count: int, seed: int, side: int = 32) -> np.ndarray:
         grey = 120 + stripes + light + rng.normal(0, 6, (side, side))
         image[:] = np.clip(grey[..., None] + [20, 0, -20], 0, 255)
     return images
+
+
+@pytest.hookimpl(trylast=True)  # after pytest has brought tests with the same fixtures together
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that at the end no worker of pytest waits minutes for another's last file."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.dataset as ds
 
+from pipeline.config import Config, ScoringConfig
 from pipeline.datasets import training_records
 from pipeline.presets import load_config
 from pipeline.storage import Location
 from pipeline.textures import write_dataset
 from pipeline.training import train
-from pipeline.training_images import files_fingerprint, load_photographs
+from pipeline.training_images import Load, files_fingerprint, load_photographs
 from pipeline.training_job import TrainingJob
 
 ROOT = Path(__file__).parent.parent
@@ -61,19 +63,31 @@ def make_dataset(folder: Path) -> Path:
 
 
 def train_tiny(dataset: Path, models: Path) -> Path:
-    """Tiny models of both textures as `train_all` with TINY would train them, here without Ray, whose workers take five times
-    as long to start."""
-    place, config = Location.parse(dataset), load_config("demo", TINY[1:])
-    for name in TEXTURES:
+    """Tiny models of both textures as `train_all` with TINY would train them."""
+    train_here(Location.parse(dataset), Location.parse(models), load_config("demo", TINY[1:]), TEXTURES)
+    return models
+
+
+def train_here(
+    dataset: Location,
+    models: Location,
+    config: Config,
+    names: Sequence[str],
+    *,
+    layout: str = "mvtec",
+    variants: Sequence[ScoringConfig] = (),
+    load: Load = load_photographs,
+) -> None:
+    """Models as `train_all` would train them, here without Ray, whose workers take five times as long to start."""
+    for name in names:
         job = TrainingJob(
             name=name,
             categories=(name,),
-            dataset=place,
-            layout="mvtec",
-            models=Location.parse(models),
+            dataset=dataset,
+            layout=layout,
+            models=models,
             config=config,
-            variants=(config.scoring,),
-            files_fingerprint=files_fingerprint(training_records(place, "mvtec", name)),
+            variants=(*variants,) or (config.scoring,),
+            files_fingerprint=files_fingerprint(training_records(dataset, layout, name)),
         )
-        train(job, load=load_photographs, report=lambda _: None)
-    return models
+        train(job, load=load, report=lambda _: None)
