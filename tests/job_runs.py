@@ -16,7 +16,7 @@ from pipeline.presets import load_config
 from pipeline.storage import Location
 from pipeline.textures import write_dataset
 from pipeline.training import train
-from pipeline.training_images import Load, files_fingerprint, load_photographs
+from pipeline.training_images import files_fingerprint, load_photographs
 from pipeline.training_job import TrainingJob
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +76,6 @@ def train_here(
     *,
     layout: str = "mvtec",
     variants: Sequence[ScoringConfig] = (),
-    load: Load = load_photographs,
 ) -> None:
     """Models as `train_all` would train them, here without Ray, whose workers take five times as long to start."""
     for name in names:
@@ -90,4 +89,4 @@ def train_here(
             variants=(*variants,) or (config.scoring,),
             files_fingerprint=files_fingerprint(training_records(dataset, layout, name)),
         )
-        train(job, load=load, report=lambda _: None)
+        train(job, load=load_photographs, report=lambda _: None)

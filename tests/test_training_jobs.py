@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ import torch
 
 from pipeline.model_store import model_info
 from pipeline.model_weights import load_scorer
-from pipeline.photograph_file import load_within
 from pipeline.storage import Location
 from tests import training_chaos
 from tests.chaos import one_machine
@@ -33,10 +31,9 @@ def categories(tmp_path_factory: pytest.TempPathFactory) -> Location:
 
 @pytest.fixture(scope="module")
 def calm(categories: Location, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The weights of a training in this process, without Ray, its photographs in a file on disk instead of in memory."""
+    """The weights of a training in this process, without Ray."""
     models = Location.parse(tmp_path_factory.mktemp("calm"))
-    names = training_chaos.CATEGORIES[:2]
-    train_here(categories, models, training_chaos.CONFIG, names, load=partial(load_within, limit_gib=0))
+    train_here(categories, models, training_chaos.CONFIG, training_chaos.CATEGORIES[:2])
     return weights(models)
 
 
