@@ -145,6 +145,7 @@ class Scorer:
         self.denoiser = denoiser.to(self.device).to(memory_format=torch.channels_last).eval()
         self.extractor = extractor.to(self.device).to(memory_format=torch.channels_last)
         self.label = label
+        # What is stored stays exact; evidence asks a copy, which later changes of these weights do not reach.
         low_precision = denoiser.config.training.precision == "bfloat16"
         self._asked = (
             (rounded_once(self.denoiser), self.extractor.rounded_once())

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.dataset as ds
 
-from pipeline.config import Config, ScoringConfig
 from pipeline.datasets import training_records
 from pipeline.presets import load_config
 from pipeline.storage import Location
@@ -63,30 +61,19 @@ def make_dataset(folder: Path) -> Path:
 
 
 def train_tiny(dataset: Path, models: Path) -> Path:
-    """Tiny models of both textures as `train_all` with TINY would train them."""
-    train_here(Location.parse(dataset), Location.parse(models), load_config("demo", TINY[1:]), TEXTURES)
-    return models
-
-
-def train_here(
-    dataset: Location,
-    models: Location,
-    config: Config,
-    names: Sequence[str],
-    *,
-    layout: str = "mvtec",
-    variants: Sequence[ScoringConfig] = (),
-) -> None:
-    """Models as `train_all` would train them, here without Ray, whose workers take five times as long to start."""
-    for name in names:
+    """Tiny models of both textures as `train_all` with TINY would train them, here without Ray, whose workers take five times
+    as long to start."""
+    place, config = Location.parse(dataset), load_config("demo", TINY[1:])
+    for name in TEXTURES:
         job = TrainingJob(
             name=name,
             categories=(name,),
-            dataset=dataset,
-            layout=layout,
-            models=models,
+            dataset=place,
+            layout="mvtec",
+            models=Location.parse(models),
             config=config,
-            variants=(*variants,) or (config.scoring,),
-            files_fingerprint=files_fingerprint(training_records(dataset, layout, name)),
+            variants=(config.scoring,),
+            files_fingerprint=files_fingerprint(training_records(place, "mvtec", name)),
         )
         train(job, load=load_photographs, report=lambda _: None)
+    return models

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.presets import load_config
 from pipeline.storage import Location
-from tests.job_runs import TEXTURES, TINY, job, rows, succeeded, train_here
+from tests.job_runs import TEXTURES, TINY, job, rows, succeeded
 
 
 @pytest.fixture
@@ -111,13 +110,12 @@ def test_textures_in_the_layout_of_dtd_synthetic_are_scored_by_restoration(datas
         image, name = mask.name.replace("_mask", ""), f"{mask.parent.name}_{mask.name}"
         shutil.copy(mask, texture / "ground_truth/bad" / name)
         shutil.copy(dataset / "brick/test" / mask.parent.name / image, texture / "test/bad" / name.replace("_mask", ""))
-    config = load_config("texture", [*TINY[1:], "features.input_size=null"])
-    ways = [{"restoration": config.scoring.restoration.model_copy(update={"eta": eta})} for eta in (0.0, 1.0)]
-    variants = [config.scoring.model_copy(update=way) for way in ways]
-    place = Location.parse(tmp_path / "dtd")
-    train_here(place, Location.parse(models), config, ["Blotchy_099"], layout="dtd", variants=variants)
-    (stored,) = models.glob("Blotchy_099/*/model.json")
-    assert {row["restoration"]["eta"] for row in json.loads(stored.read_text())["selection"]} == {0.0, 1.0}
+    settings = [*TINY, "features.input_size=null"]
+    select = ["--select", "scoring.restoration.eta=[0,1]"]
+    command = ["train_all", "--dataset", tmp_path / "dtd", "--models", models, "--preset", "texture"]
+    told = succeeded(job(*command, *settings, *select))
+    assert "(dtd), preset texture" in told
+    assert "scoring.restoration.eta" in told.split("implanted defects")[0], "the choice is told"
     report = tmp_path / "metrics.json"
     arguments = ["--dataset", tmp_path / "dtd", "--models", models, "--results", tmp_path / "results"]
     succeeded(job("evaluate", *arguments, "--json", report))

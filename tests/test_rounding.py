@@ -7,7 +7,9 @@ import timm
 import torch
 
 from pipeline.diffusion.unet import UNet
+from pipeline.evidence import evidence_source
 from pipeline.features import FeatureExtractor
+from pipeline.images import to_unit_range
 from pipeline.rounding import rounded_once
 
 
@@ -32,18 +34,32 @@ def network():
     return network.to(memory_format=torch.channels_last)
 
 
-@torch.inference_mode()
-def asked(network):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 3, 16, 16, generator=generator).contiguous(memory_format=torch.channels_last)
+def noisy():
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def ask(network, x):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return network(x, torch.tensor([3, 80]), torch.tensor([0, 2]))
 
 
 def test_a_network_rounded_once_answers_the_same(network):
-    for found, wanted in zip(asked(rounded_once(network)), asked(network), strict=True):
+    with torch.inference_mode():
+        answers = [ask(each, noisy()) for each in (rounded_once(network), network)]
+    for found, wanted in zip(*answers, strict=True):
         assert wanted.std() > 0
         assert torch.equal(found, wanted)
+
+
+def test_gradients_pass_through_a_network_rounded_once_as_before(network):
+    """As restoring by descent needs them."""
+    x = noisy().requires_grad_()
+    found, wanted = (
+        torch.autograd.grad(ask(each, x).prediction.square().sum(), x)[0] for each in (rounded_once(network), network)
+    )
+    assert wanted.std() > 0
+    assert torch.equal(found, wanted)
 
 
 def test_the_given_network_stays_exact(network):
@@ -86,3 +102,15 @@ def test_scorers_keep_the_weights_that_are_stored(calibrated):
     dtypes = {tensor.dtype for tensor in scorer.source.denoiser.state_dict().values()}
     assert torch.bfloat16 in dtypes
     assert {tensor.dtype for tensor in scorer.denoiser.state_dict().values()} == {torch.float32}
+
+
+def test_scorers_see_what_the_stored_weights_would_show(calibrated, fresh):
+    scorer = calibrated(training={"precision": "bfloat16"})
+    found = scorer.evidence(fresh[:4])
+    plain = evidence_source(scorer.config, scorer.denoiser, scorer.extractor, None)
+    with torch.inference_mode():
+        x = torch.from_numpy(to_unit_range(fresh[:4])).contiguous(memory_format=torch.channels_last)
+        wanted = plain(x, 4)
+    for name in ("pixel", "denoising", "features", "residuals"):
+        assert getattr(wanted, name).std() > 0
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name

@@ -24,16 +24,13 @@ from pathlib import Path
 from pipeline.benchmarks.made import photographs
 from pipeline.images import encode_png
 from pipeline.model_store import model_categories, model_info
-from pipeline.presets import load_config
 from pipeline.storage import Location
 from tests.chaos import Kill, one_machine, two_nodes
 from tests.job_runs import ROOT, TINY, job, succeeded
 from tests.seaweed_server import Seaweed, new_bucket, seaweed_server
 
 CATEGORIES = tuple(f"part{number}" for number in range(6))
-OVERRIDES = [*TINY[1:], "training.iterations=60", "training.checkpoint_every=5"]
-SETTINGS = ["--preset", "demo", "--set", *OVERRIDES]
-CONFIG = load_config("demo", OVERRIDES)
+SETTINGS = ["--preset", "demo", *TINY, "training.iterations=60", "training.checkpoint_every=5"]
 TARGETS = ("trainer", "trainer", "controller", "raylet", "job")
 CLUSTER_TARGETS = ("trainer", "controller", "node", "server", "job")
 
