@@ -38,8 +38,8 @@ class Denoiser(nn.Module):
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low_precision)
 
     def predict(self, process: DiffusionProcess, x_t: Tensor, t: Tensor, label: int | None = None) -> UNetOutput:
-        """What the network makes of x_t (N, 3, S, S) at the process's indices t (N,), its feature head not asked; label: the
-        class, where it has classes."""
+        """What the network makes of x_t (N, 3, S, S) at the process's indices t (T,), one for every N / T consecutive images,
+        its feature head not asked; label: the class, where it has classes."""
         labels = None if label is None else torch.full_like(t, label)
         with self.autocast(x_t.device):
             x_t = x_t.contiguous(memory_format=torch.channels_last)

@@ -94,21 +94,28 @@ class NoiseScales(Source):
 
     def __call__(self, x: Tensor, n: int) -> Evidence:
         steps, batch, head = len(self.noise), len(x), self.denoiser.unet.feature_head
-        t = torch.tensor(self.config.scoring.timesteps, device=x.device).repeat(batch)
-        x_start = self.denoiser.shrink(x).repeat_interleave(steps, 0)
-        x_t = self.process.q_sample(x_start, t, self.noise.repeat(batch, 1, 1, 1))
-        prediction, _, states = self.denoiser.predict(self.process, x_t, t, self.label)
+        # All images on the first scale, then all on the next: those of a scale share its timestep.
+        scales = torch.tensor(self.config.scoring.timesteps, device=x.device)
+        t = scales.repeat_interleave(batch)
+        x_start = self.denoiser.shrink(x).repeat(steps, 1, 1, 1)
+        x_t = self.process.q_sample(x_start, t, self.noise.repeat_interleave(batch, 0))
+        prediction, _, states = self.denoiser.predict(self.process, x_t, scales, self.label)
         features, context = self.seen(x, n)
         eps, v = prediction.float().chunk(2, dim=1)
         kl = kl_map(self.process, x_start, x_t, t, eps, v)
         changed = x_start - self.process.predict_x_start(x_t, t, eps).clamp(-1, 1)
         assert head is not None and states is not None
+
+        def of_images(found: Tensor) -> Tensor:
+            """(T batch, ...) -> (n, T, ...)."""
+            return found.unflatten(0, (steps, batch)).transpose(0, 1)[:n]
+
         return Evidence(
-            kl.unflatten(0, (batch, steps))[:n],
-            self.cells(kl, changed).unflatten(0, (batch, steps)).flatten(1, 2)[:n],
+            of_images(kl),
+            of_images(self.cells(kl, changed)).flatten(1, 2),
             features,
             context,
-            lambda: (features[:, None] - head(states).unflatten(0, (batch, steps))[:n]).square().mean(2),
+            lambda: (features[:, None] - of_images(head(states))).square().mean(2),
             lambda: features - head.mean(states, steps)[:n],
         )
 

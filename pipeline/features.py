@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.config import FeatureConfig
 from pipeline.errors import UserError
+from pipeline.folding import fold_batch_norms
 from pipeline.relu6 import use_integer_relu6
 from pipeline.rounding import rounded_once
 from pipeline.same_padding import use_same_convolutions
@@ -53,6 +54,7 @@ class FeatureExtractor(nn.Module):
         grid: int,
         neighbourhood: int = 1,
         input_size: int | None = None,
+        folded: bool = True,
     ) -> None:
         super().__init__()
         self.input_size = input_size
@@ -60,7 +62,7 @@ class FeatureExtractor(nn.Module):
         self.neighbourhood = neighbourhood
         self.stages, self.context_stages = sorted({*stages}), sorted({*context_stages})
         self.extracted = sorted({*stages, *context_stages})
-        self.backbone = load_backbone(name, self.extracted)
+        self.backbone = load_backbone(name, self.extracted, folded=folded)
         backbone: Any = self.backbone  # timm adds attributes that nn.Module does not declare
         self.stage_channels: dict[int, int] = dict(zip(self.extracted, backbone.feature_info.channels(), strict=True))
         """Channels of every stage that is extracted."""
@@ -100,8 +102,9 @@ class FeatureExtractor(nn.Module):
         return rounded_once(self) if isinstance(self.backbone, EfficientNetFeatures) else self
 
     @classmethod
-    def of(cls, config: FeatureConfig, *, context: bool) -> FeatureExtractor:
-        """The extractor that a config describes, with its context stages or without. Raises UserError as load_backbone does."""
+    def of(cls, config: FeatureConfig, *, context: bool, folded: bool = True) -> FeatureExtractor:
+        """The extractor that a config describes, with its context stages or without; folded: as load_backbone takes it. Raises
+        UserError as that does."""
         return cls(
             config.extractor,
             stages=config.stages,
@@ -109,6 +112,7 @@ class FeatureExtractor(nn.Module):
             grid=config.grid,
             neighbourhood=config.neighbourhood,
             input_size=config.input_size,
+            folded=folded,
         )
 
 
@@ -128,8 +132,11 @@ def stage_channels(name: str, stages: Sequence[int]) -> dict[int, int]:
     return dict(zip(sorted({*stages}), model.feature_info.channels(), strict=True))
 
 
-def load_backbone(name: str, stages: Sequence[int]) -> nn.Module:
-    """A timm feature network with ImageNet weights, in evaluation mode. Raises UserError where these are not to be had."""
+def load_backbone(name: str, stages: Sequence[int], *, folded: bool = True) -> nn.Module:
+    """A timm feature network with ImageNet weights, in evaluation mode. Raises UserError where these are not to be had.
+
+    folded: whether an EfficientNet's batch norms are folded into its convolutions, which rounds to bfloat16 differently.
+    """
     if not timm.is_model(name):
         raise UserError(
             f"timm has no model {name!r}: choose one that timm.list_models() shows, or {sorted(OFFLINE_WEIGHTS)}"
@@ -139,6 +146,8 @@ def load_backbone(name: str, stages: Sequence[int]) -> nn.Module:
     use_integer_relu6(backbone)
     if isinstance(backbone, EfficientNetFeatures):  # computes all its blocks, whatever is asked of it
         backbone.blocks = backbone.blocks[: max(info["stage"] for info in backbone.feature_info.get_dicts())]
+        if folded:
+            fold_batch_norms(backbone.eval())
     return backbone.eval()
 
 

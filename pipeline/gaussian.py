@@ -25,6 +25,10 @@ class NormalGaussian:
     whitening: Tensor
     """(P, d, d): inverse Cholesky factors of the covariances of projected vectors."""
 
+    def __post_init__(self) -> None:
+        # However it comes, in the layout that products take it soonest in: they round by it, too.
+        object.__setattr__(self, "whitening", self.whitening.mT.contiguous().mT)
+
     @property
     def by_place(self) -> bool:
         """Whether every place has its own."""
@@ -60,7 +64,7 @@ class NormalGaussian:
     def _at_their_places(self, projected: Tensor) -> Tensor:
         """(N, P, d) -> (N, P), each under the Gaussian of its place."""
         centred = (projected - self.mean).transpose(0, 1)
-        white = torch.bmm(centred, self.whitening.transpose(1, 2))
+        white = torch.bmm(centred, self.whitening.mT)
         return torch.linalg.vector_norm(white, dim=-1).square().T / white.shape[-1]  # leaves no squares in memory
 
 
@@ -151,5 +155,4 @@ def _inverse_factor(covariance: Tensor) -> Tensor:
     """L^-1 with covariance = L L^T; positive definite (..., d, d)."""
     factor = torch.linalg.cholesky(covariance)
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    # Laid out as when loaded from a model, which products round alike.
-    return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False).contiguous()
+    return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)

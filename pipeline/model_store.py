@@ -24,10 +24,12 @@ from pipeline.errors import UserError
 from pipeline.storage import Location
 from pipeline.storage_checks import require_exists
 
-FORMAT = 6
+FORMAT = 7
 """Version of the files' layout; a reader refuses a higher one."""
 CONTEXT_APART = 6
 """The first format whose networks do not predict context, and whose kept cells are the extractor's own."""
+FOLDED = 7
+"""The first format whose extractors have their batch norms folded, and round their features so."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class ModelInfo:
     """Whether the Gaussians of the features' places learned from turned photographs, too."""
     predicts_context: bool = False
     """Whether its network predicts the context stages, too, which nobody asks it for: models of early releases."""
+    folded: bool = True
+    """Whether it was calibrated with an extractor whose batch norms are folded; not in models of earlier releases."""
 
     @property
     def outdated(self) -> bool:
@@ -190,6 +194,7 @@ def model_info(models: Location, category: str, version: str | None = None) -> M
             reach=text.get("reach", 0),
             turned=text.get("turned", False),
             predicts_context=text["format"] < CONTEXT_APART and bool(config.features.context_stages),
+            folded=text["format"] >= FOLDED,
         )
     except (ValidationError, KeyError) as error:
         first = "; ".join(line.strip() for line in str(error).splitlines()[:3])

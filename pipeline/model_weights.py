@@ -81,7 +81,7 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
     assert not info.outdated
     with _reading(info):
         tensors = _tensors(info, device)
-        extractor = FeatureExtractor.of(info.config.features, context=info.context_weight > 0)
+        extractor = FeatureExtractor.of(info.config.features, context=info.context_weight > 0, folded=info.folded)
         parts = {branch: _under(f"{branch}_gaussian.", tensors) for branch in _GAUSSIANS}
         gaussians = {
             branch: NormalGaussian(**{name: tensor.float() for name, tensor in part.items()}) if part else None

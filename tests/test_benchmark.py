@@ -238,7 +238,12 @@ def test_operations_of_a_whole_photograph(calibrated, fresh):
     kernels = sum(2 * 16 * 9 * module.in_channels * module.out_channels for module in doubling.values())
     doubled = sum(found[f"UNet.{name}"] for name in doubling) - kernels
     assert doubled > 0
-    assert published["UNet"] - published["UNet.feature_head"] == 2 * (found["UNet"] - kernels + doubled * (36 / 16 - 1))
+    # Ours embeds a timestep once for all four images.
+    linear = [f"UNet.{name}" for name, module in modules.items() if isinstance(module, nn.Linear)]
+    embedding, embeddings = (sum(counted[name] for name in linear) for counted in (found, published))
+    assert embeddings == 2 * 4 * embedding > 0
+    ours = found["UNet"] - embedding - kernels + doubled * (36 / 16 - 1)
+    assert published["UNet"] - published["UNet.feature_head"] - embeddings == 2 * ours
     assert published["FeatureExtractor"] == found["FeatureExtractor"]
 
 

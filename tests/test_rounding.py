@@ -86,7 +86,7 @@ def test_an_efficientnet_rounded_once_sees_the_same():
 
 def test_other_extractors_keep_their_weights(monkeypatch):
     untrained = timm.create_model("resnet18", pretrained=False, features_only=True, out_indices=(1,))
-    monkeypatch.setattr("pipeline.features.load_backbone", lambda *_: untrained)
+    monkeypatch.setattr("pipeline.features.load_backbone", lambda *_, **__: untrained)
     extractor = FeatureExtractor("resnet18", stages=(1,), grid=8)
     assert extractor.rounded_once() is extractor
 

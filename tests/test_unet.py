@@ -346,7 +346,24 @@ def test_the_mean_of_the_feature_heads_answers():
         mean = network.feature_head.mean(unasked.states, 2)
     assert unasked.features is None
     torch.testing.assert_close(unasked.prediction, answered.prediction)
-    torch.testing.assert_close(mean, answered.features.unflatten(0, (2, 2)).mean(1))
+    torch.testing.assert_close(mean, answered.features.unflatten(0, (2, 2)).mean(0))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_images_may_share_a_timestep(gradients):
+    """As they do on each noise scale, and in each step of a restoration."""
+    network = UNet(**SMALL, num_classes=3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    x = torch.randn(6, 3, SMALL["image_size"], SMALL["image_size"], generator=torch.Generator().manual_seed(0))
+    t, labels = torch.tensor([5, 25]), torch.tensor([0, 2])
+    with torch.set_grad_enabled(gradients):
+        alone = network(x, t.repeat_interleave(3), labels.repeat_interleave(3)).prediction
+        shared = network(x, t, labels).prediction
+    assert alone.std() > 0.01
+    assert shared.requires_grad == gradients
+    torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_loading_a_checkpoint_leaves_the_feature_head_alone():

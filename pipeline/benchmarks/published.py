@@ -38,9 +38,10 @@ class PublishedScorer(Scorer):
     def __init__(self, scorer: Scorer) -> None:
         denoiser = deepcopy(scorer.denoiser)
         denoiser.config = single_float32(scorer.config)
-        super().__init__(
-            denoiser, deepcopy(scorer.extractor), scorer.calibration, device=scorer.device, label=scorer.label
+        extractor = FeatureExtractor.of(
+            scorer.config.features, context=bool(scorer.extractor.context_stages), folded=False
         )
+        super().__init__(denoiser, extractor, scorer.calibration, device=scorer.device, label=scorer.label)
         use_default_group_norm(self.denoiser.unet)
         make_doubled_images(self.denoiser.unet)
         for module in (self.denoiser, self.extractor):

@@ -24,9 +24,9 @@ def measure_train(
     count = max(CLASSES, 2 * training.batch_size)
     images = photographs(count, config.scoring.map_size)
     labels = np.arange(count) % CLASSES if config.joint else None
-    extractor = FeatureExtractor.of(config.features, context=False)
-    ours = Fit(config, images, extractor, labels=labels, device=device)
-    baseline = published_fit(config, images, extractor, labels=labels, device=device)
+    folded, as_published = (FeatureExtractor.of(config.features, context=False, folded=each) for each in (True, False))
+    ours = Fit(config, images, folded, labels=labels, device=device)
+    baseline = published_fit(config, images, as_published, labels=labels, device=device)
     flops = count_flops(ours.advance)
     largest = largest_convolution(baseline.denoiser.unet, baseline.advance)
     ceilings = Ceilings.of(largest, matrix_side, device, backward=True)

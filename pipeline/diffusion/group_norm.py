@@ -21,11 +21,16 @@ class GroupNorm(nn.GroupNorm):
     """torch.nn.GroupNorm with affine parameters; on CPUs computed in another way where that is quicker."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.ndim != 4 or x.dtype == torch.float64:
-            return super().forward(x)
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return _like(x, super().forward(_quick(x, self.num_groups)))
-        return _CpuGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+        return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """torch.nn.functional.group_norm."""
+    if x.device.type != "cpu" or x.ndim != 4 or x.dtype == torch.float64:
+        return F.group_norm(x, groups, weight, bias, eps)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return _like(x, F.group_norm(_quick(x, groups), groups, weight, bias, eps))
+    return _CpuGroupNorm.apply(x, weight, bias, groups, eps)
 
 
 def _quick(x: Tensor, groups: int) -> Tensor:

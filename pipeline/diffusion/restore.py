@@ -54,7 +54,7 @@ def gradient_denoising(
     normal is left alone from then on; nothing more is yielded where all are.
     """
     x = image
-    t = torch.full((len(x),), index, device=x.device)
+    t = torch.tensor([index], device=x.device)
     for _ in range(rounds):
         with torch.no_grad():
             away = ~is_normal(x)
@@ -117,5 +117,5 @@ def conditioned_reconstruction(
             eps = eps + guidance * (answer - predict(smoothed, t).eps)
         return ddim_step(process, x_t, t, eps, eta=eta, noise=noise() if eta else None)
 
-    t = torch.full((len(image),), start, device=image.device)
+    t = torch.tensor([start], device=image.device)
     return walk(process.q_sample(image, t, noise()), start, step)

@@ -22,11 +22,11 @@ class Prediction(NamedTuple):
 
 
 Predict = Callable[[Tensor, Tensor], Prediction]
-"""The network: x_t (N, 3, H, W) and t (N,), an index of the chain at hand."""
+"""The network: x_t (N, 3, H, W) and t, an index of the chain at hand, (1,) for all images or (N,)."""
 Noise = Callable[[], Tensor]
 """The next draw of standard normal noise for all images, (N, 3, H, W)."""
 Step = Callable[[Tensor, Tensor], Tensor]
-"""x_t and t (N,) -> x_{t-1}."""
+"""x_t and t (1,) -> x_{t-1}."""
 
 
 def seeded_noise(seeds: Sequence[int], side: int, device: torch.device | str = "cpu") -> Noise:
@@ -65,7 +65,7 @@ def ddim_step(
 def walk(x_t: Tensor, start: int, step: Step) -> Iterator[Tensor]:
     """The states x_{start-1}, ..., x_0 and at last the image itself, from x_t at index `start` of the chain."""
     for index in range(start, -1, -1):
-        x_t = step(x_t, torch.full((len(x_t),), index, device=x_t.device))
+        x_t = step(x_t, torch.tensor([index], device=x_t.device))
         yield x_t
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.diffusion.doubling import DoublingConv2d, doubled
-from pipeline.diffusion.group_norm import GroupNorm
+from pipeline.diffusion.group_norm import GroupNorm, group_norm
 
 
 class UNetOutput(NamedTuple):
@@ -35,9 +35,26 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def group_norm(channels: int) -> GroupNorm:
+def norm_of(channels: int) -> GroupNorm:
     """32 groups, as published."""
     return GroupNorm(32, channels)
+
+
+def modulated(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """SiLU(norm(x) (1 + scale) + shift) of x (N, C, H, W); scale and shift (T, C), one for every N / T consecutive images."""
+    if len(scale) == len(x):
+        return F.silu(torch.addcmul(shift[:, :, None, None], norm(x), 1 + scale[:, :, None, None]))
+    # The norm multiplies and adds anyway: images that share a timestep spare a pass over memory.
+    factors = 1 + scale.float()
+    weights, biases = norm.weight * factors, torch.addcmul(shift, norm.bias, factors)
+    parts = zip(x.chunk(len(scale)), weights, biases, strict=True)
+    normed = [group_norm(part, norm.num_groups, weight, bias, norm.eps) for part, weight, bias in parts]
+    if torch.is_grad_enabled():
+        return F.silu(torch.cat(normed))
+    result = torch.empty_like(x)
+    for part, place in zip(normed, result.chunk(len(scale)), strict=True):
+        torch.ops.aten.silu.out(part, out=place)
+    return result
 
 
 def zeroed(module: nn.Conv2d | nn.Conv1d) -> nn.Module:
@@ -48,7 +65,10 @@ def zeroed(module: nn.Conv2d | nn.Conv1d) -> nn.Module:
 
 
 class ResBlock(nn.Module):
-    """BigGAN-style residual block with scale-shift time conditioning; halves or doubles the side when asked."""
+    """BigGAN-style residual block with scale-shift time conditioning; halves or doubles the side when asked.
+
+    forward: x (N, channels, H, W) and embeddings (T, embedding), one for every N / T consecutive images.
+    """
 
     def __init__(self, channels: int, embedding: int, out_channels: int, resample: float = 1) -> None:
         super().__init__()
@@ -56,10 +76,10 @@ class ResBlock(nn.Module):
         convolution = (
             DoublingConv2d(channels, out_channels) if resample > 1 else nn.Conv2d(channels, out_channels, 3, padding=1)
         )
-        self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), convolution)
+        self.in_layers = nn.Sequential(norm_of(channels), nn.SiLU(), convolution)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, 2 * out_channels))
         self.out_layers = nn.Sequential(
-            group_norm(out_channels),
+            norm_of(out_channels),
             nn.SiLU(),
             nn.Dropout(0.0),  # keeps the published numbering: the convolution is out_layers.3
             zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -74,9 +94,10 @@ class ResBlock(nn.Module):
         if self.resample < 1:
             x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
         h = convolution(h)  # doubles by itself
-        scale, shift = self.emb_layers(embedding)[:, :, None, None].chunk(2, dim=1)
-        norm, activation, _, convolution = self.out_layers
-        h = convolution(activation(torch.addcmul(shift, norm(h), 1 + scale)))
+        scale, shift = self.emb_layers(embedding).chunk(2, dim=1)
+        norm, _, _, convolution = self.out_layers
+        assert isinstance(norm, nn.GroupNorm)
+        h = convolution(modulated(norm, h, scale, shift))
         return self.skip_connection(doubled(x) if self.resample > 1 else x) + h
 
 
@@ -87,7 +108,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         assert channels % head_channels == 0, f"{channels} channels do not split into heads of {head_channels}"
         self.heads = channels // head_channels
-        self.norm = group_norm(channels)
+        self.norm = norm_of(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
@@ -114,19 +135,19 @@ class FeatureHead(nn.Sequential):
     """Lu et al. 2023: GroupNorm, SiLU, 1x1 convolution from a decoder stage to the extractor's channels, in float32."""
 
     def __init__(self, channels: int, feature_channels: int) -> None:
-        super().__init__(group_norm(channels), nn.SiLU(), nn.Conv2d(channels, feature_channels, 1))
+        super().__init__(norm_of(channels), nn.SiLU(), nn.Conv2d(channels, feature_channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.float())
 
     def mean(self, x: Tensor, scales: int) -> Tensor:
-        """The mean of what it says of every `scales` consecutive images, averaged before its convolution, which is linear:
-        (N scales, channels, G, G) -> (N, feature_channels, G, G)."""
+        """The mean over noise scales of what it says of N images on each, averaged before its convolution, which is linear:
+        (scales N, channels, G, G) -> (N, feature_channels, G, G)."""
         norm, activation, convolution = self
         with torch.autocast(x.device.type, enabled=False):
-            # A sum of slices, which PyTorch adds up sooner than it takes a mean over an inner dimension.
-            return convolution(sum(activation(norm(x.float())).unflatten(0, (-1, scales)).unbind(1)) / scales)
+            # A sum of slices, which PyTorch adds up sooner than it takes a mean over a dimension.
+            return convolution(sum(activation(norm(x.float())).chunk(scales)) / scales)
 
 
 class UNet(nn.Module):
@@ -206,14 +227,13 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(layers))
         assert feature_channels is None or self.feature_head is not None, f"no decoder level at rate {feature_rate}"
 
-        self.out = nn.Sequential(
-            group_norm(channels), nn.SiLU(), zeroed(nn.Conv2d(channels, out_channels, 3, padding=1))
-        )
+        self.out = nn.Sequential(norm_of(channels), nn.SiLU(), zeroed(nn.Conv2d(channels, out_channels, 3, padding=1)))
 
     def forward(
         self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None, *, ask_head: bool = True
     ) -> UNetOutput:
-        """x (N, 3, H, W) in about [-1, 1] plus noise; timesteps (N,) original steps; labels (N,) when class-conditional.
+        """x (N, 3, H, W) in about [-1, 1] plus noise; timesteps (T,) original steps, one for every N / T consecutive images;
+        labels (T,) when class-conditional.
 
         ask_head: whether the feature head answers, which takes long where features have many channels.
         """
