@@ -93,7 +93,7 @@ def study_category(
         "top_pixels": info.calibration["top_pixels"],
     }
     config = info.config
-    scorer = load_uncalibrated(info, config, device=device)
+    scorer = load_uncalibrated(info, config, folded=info.folded, device=device)
     side = config.scoring.map_size
     normal = load_photographs(training_records(dataset, layout, category), side)
     if info.classes is None and data_fingerprint(normal) != info.provenance["data_fingerprint"]:

@@ -62,6 +62,7 @@ class FeatureExtractor(nn.Module):
         self.neighbourhood = neighbourhood
         self.stages, self.context_stages = sorted({*stages}), sorted({*context_stages})
         self.extracted = sorted({*stages, *context_stages})
+        self.folded = folded
         self.backbone = load_backbone(name, self.extracted, folded=folded)
         backbone: Any = self.backbone  # timm adds attributes that nn.Module does not declare
         self.stage_channels: dict[int, int] = dict(zip(self.extracted, backbone.feature_info.channels(), strict=True))

@@ -18,7 +18,7 @@ from pipeline.denoiser import Denoiser
 from pipeline.errors import UserError
 from pipeline.features import FeatureExtractor, stage_channels
 from pipeline.gaussian import NormalGaussian
-from pipeline.model_store import FORMAT, ModelInfo
+from pipeline.model_store import FOLDED, FORMAT, ModelInfo
 from pipeline.nearest import NearestNormal
 from pipeline.scoring import Calibration, Measure, Scorer
 from pipeline.storage import Location
@@ -58,7 +58,7 @@ def save_model(
     (folder / "weights.safetensors").write_bytes(save_tensors(plain))
     (folder / "model.json").write_json(
         {
-            "format": FORMAT,
+            "format": FORMAT if scorer.extractor.folded else FOLDED - 1,
             "category": category,
             "version": version,
             "config": scorer.config.model_dump(mode="json"),
@@ -102,10 +102,13 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
     return Scorer(denoiser, extractor, calibration, device=device, label=_label(info))
 
 
-def load_uncalibrated(info: ModelInfo, config: Config, *, device: torch.device | str = "cpu") -> Scorer:
-    """The network of a stored model under other settings of scoring, not calibrated. Raises UserError as load_scorer does."""
+def load_uncalibrated(
+    info: ModelInfo, config: Config, *, folded: bool = True, device: torch.device | str = "cpu"
+) -> Scorer:
+    """The network of a stored model under other settings of scoring, not calibrated; folded: as FeatureExtractor takes it. Raises
+    UserError as load_scorer does."""
     with _reading(info):
-        extractor = FeatureExtractor.of(config.features, context=True)
+        extractor = FeatureExtractor.of(config.features, context=True, folded=folded)
         denoiser = _denoiser(info, config, _tensors(info, device), extractor)
     return Scorer(denoiser, extractor, device=device, label=_label(info))
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,10 +18,11 @@ from pipeline.storage import Location
 from tests.job_runs import TEXTURES, TINY, job, rows, succeeded
 
 
-@pytest.fixture
-def night(dataset: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def night(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Archives of one night: a folder and a tar, with a truncated, a foreign and an empty file among the images."""
-    folder, tar_folder = tmp_path / "night" / "category=brick", tmp_path / "night" / "gravel"
+    archives = tmp_path_factory.mktemp("archives") / "night"
+    folder, tar_folder = archives / "category=brick", archives / "gravel"
     folder.mkdir(parents=True)
     tar_folder.mkdir()
     for i, image in enumerate(sorted((dataset / "brick/test").glob("*/*.png"))):
@@ -30,15 +33,48 @@ def night(dataset: Path, tmp_path: Path) -> Path:
         for i, image in enumerate(sorted((dataset / "gravel/test").glob("*/*.png"))):
             tar.add(image, f"part/{i}.png")
         tar.addfile(tarfile.TarInfo("part/empty.png"), io.BytesIO())
-    return tmp_path / "night"
+    return archives
+
+
+class Scored(NamedTuple):
+    """A night that was scored: the command's arguments, its results and how it ended."""
+
+    arguments: list[object]
+    results: Path
+    run: subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def scored(models: Path, night: Path, tmp_path_factory: pytest.TempPathFactory) -> Scored:
+    """The night as it is scored the first time. Whoever changes it comes last."""
+    results = tmp_path_factory.mktemp("scored") / "results"
+    arguments = ["--archives", night, "--models", models, "--results", results, "--night", "2026-01-31"]
+    return Scored(arguments, results, job("score_archives", *arguments))
 
 
 @pytest.mark.slow
 class TestScoring:
-    def test_every_image_is_scored_or_has_a_failures_row(self, models: Path, night: Path, tmp_path: Path) -> None:
-        results = tmp_path / "results"
-        arguments = ["--archives", night, "--models", models, "--results", results, "--night", "2026-01-31"]
-        first = job("score_archives", *arguments)
+    def test_shard_size_and_storage_do_not_change_any_map(
+        self, scored: Scored, models: Path, night: Path, s3: Location
+    ) -> None:
+        for folder in night / "category=brick", models / "brick":
+            for file in filter(Path.is_file, folder.rglob("*")):
+                (s3 / folder.parent.name / file.relative_to(folder.parent).as_posix()).write_bytes(file.read_bytes())
+        places = ["--models", s3 / models.name, "--archives", s3 / "night/category=brick", "--results", s3 / "results"]
+        succeeded(job("score_archives", *places, "--shard-images", 4, "--max-failure-fraction", 0.2))
+        assert len((s3 / "results/scores").files(recursive=True)) == 3
+        found = []
+        for results in (Location.parse(scored.results), s3 / "results"):
+            members = {row["image_id"]: row["member"] for row in rows(results, "scores") if row["category"] == "brick"}
+            maps = {row["image_id"]: row["map"] for row in rows(results, "maps")}
+            found.append({member: np.array(maps[image], np.float64) for image, member in members.items()})
+        assert len(found[0]) == 9
+        assert found[0].keys() == found[1].keys()
+        for key, one in found[0].items():
+            np.testing.assert_allclose(one, found[1][key], rtol=2e-3, atol=2e-3)
+
+    def test_every_image_is_scored_or_has_a_failures_row(self, scored: Scored, night: Path) -> None:
+        arguments, results, first = scored
         assert first.returncode == 1, first.stdout + first.stderr
         assert "21 images in = 18 scored" in first.stdout
         assert "3 failed" in first.stdout
@@ -77,26 +113,6 @@ class TestScoring:
         assert (again.returncode, "nothing to do" in again.stdout) == (1, True), "a bad night stays one"
         assert "brick: 18.2 % of the images failed" in again.stdout
         assert {path: path.read_bytes() for path in results.rglob("*.parquet")} == before
-
-    def test_shard_size_and_storage_do_not_change_any_map(
-        self, models: Path, night: Path, tmp_path: Path, s3: Location
-    ) -> None:
-        for folder in night / "category=brick", models / "brick":
-            for file in filter(Path.is_file, folder.rglob("*")):
-                (s3 / folder.parent.name / file.relative_to(folder.parent).as_posix()).write_bytes(file.read_bytes())
-        found = []
-        for place, shard_images in ((Location.parse(tmp_path), 256), (s3, 4)):
-            trained = s3 / models.name if place == s3 else Location.parse(models)
-            places = ["--models", trained, "--archives", place / "night/category=brick", "--results", place / "results"]
-            succeeded(job("score_archives", *places, "--shard-images", shard_images, "--max-failure-fraction", 0.2))
-            members = {row["image_id"]: row["member"] for row in rows(place / "results", "scores")}
-            maps = rows(place / "results", "maps")
-            found.append({members[row["image_id"]]: np.array(row["map"], np.float64) for row in maps})
-        assert len((s3 / "results/scores").files(recursive=True)) == 3
-        assert len(found[0]) == 9
-        assert found[0].keys() == found[1].keys()
-        for key, one in found[0].items():
-            np.testing.assert_allclose(one, found[1][key], rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.slow

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.diffusion.doubling import DoublingConv2d, doubling_kernel
 from pipeline.diffusion.group_norm import GroupNorm
-from pipeline.diffusion.unet import UNet, timestep_embedding
+from pipeline.diffusion.unet import UNet, modulated, timestep_embedding
 from pipeline.presets import PRESETS
 
 SMALL = {
@@ -364,6 +365,46 @@ def test_images_may_share_a_timestep(gradients):
     assert alone.std() > 0.01
     assert shared.requires_grad == gradients
     torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-5)
+    with pytest.raises(AssertionError, match="as many images to each timestep"):
+        network(x[:5], t, labels)
+
+
+def test_in_bfloat16_a_timestep_is_shared_to_its_rounding_and_by_any_number_alike():
+    torch.manual_seed(0)
+    network = UNet(**SMALL).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    x = torch.randn(4, 3, SMALL["image_size"], SMALL["image_size"]).contiguous(memory_format=torch.channels_last)
+    t = torch.tensor([25])
+    with torch.inference_mode():
+        exact = network(x, t).prediction
+        with torch.autocast("cpu", torch.bfloat16):
+            shared, one_each, pair, single = (
+                network(images, steps).prediction
+                for images, steps in ((x, t), (x, t.repeat(4)), (x[:2], t), (x[:1], t))
+            )
+    error, known = ((found.float() - exact).square().mean() for found in (shared, one_each))
+    assert error < 1.5 * known < 0.1 * exact.square().mean()
+    for fewer in (pair, single):
+        torch.testing.assert_close(fewer, shared[: len(fewer)], rtol=0, atol=0)
+
+
+def test_on_a_gpu_a_timestep_is_shared_in_the_precision_of_its_norm():
+    """Without one: made tensors have shapes, types and devices, and no numbers."""
+    given = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)  # torch.autocast refuses where there is none
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with FakeTensorMode(), torch.device("cuda"), torch.inference_mode():
+            norm, x = GroupNorm(32, 64), torch.empty(6, 64, 8, 8, dtype=torch.bfloat16)
+            scale = torch.empty(2, 64, dtype=torch.bfloat16)
+            found = modulated(norm, x, scale, scale)
+            assert (found.shape, found.dtype, found.device.type) == (x.shape, norm(x).dtype, "cuda")
+            assert found.dtype == torch.float32
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", given)
 
 
 def test_loading_a_checkpoint_leaves_the_feature_head_alone():

@@ -80,11 +80,12 @@ class DiffusionProcess:
         return DiffusionProcess(betas=betas, original_timesteps=self.original_timesteps[kept])
 
     def network_timesteps(self, t: Tensor) -> Tensor:
-        """Indices of this process (N,) int64 -> the original timesteps that the network was trained on."""
+        """Indices of this process (T,) int64 -> the original timesteps that the network was trained on."""
         return torch.from_numpy(self.original_timesteps).to(t.device)[t]
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Ho et al. 2020, eq. 4: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise. Shapes (N, C, H, W), t (N,) int64."""
+        """Ho et al. 2020, eq. 4: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise. Shapes (N, C, H, W); t (N,) int64, or (1,) for
+        all images."""
         signal = at(np.sqrt(self.alphas_cumprod), t, x_start)
         return signal * x_start + at(np.sqrt(1 - self.alphas_cumprod), t, x_start) * noise
 
@@ -115,6 +116,6 @@ class DiffusionProcess:
 
 
 def at(table: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
-    """Entries t (N,) of a float64 table as a tensor (N, 1, ..., 1) of the dtype and device of `like`."""
+    """Entries t (T,) of a float64 table as a tensor (T, 1, ..., 1) of the dtype and device of `like`."""
     values = torch.from_numpy(table).to(like.device)[t].to(like.dtype)
     return values.reshape(-1, *[1] * (like.ndim - 1))

@@ -28,7 +28,7 @@ class UNetOutput(NamedTuple):
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
-    """Vaswani et al. 2017, section 3.5: cosines then sines of t at dim/2 frequencies from 1 to 1e-4; float32 (N, dim)."""
+    """Vaswani et al. 2017, section 3.5: cosines then sines of t at dim/2 frequencies from 1 to 1e-4; float32 (T, dim)."""
     half = dim // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=timesteps.device) / half)
     angles = timesteps[:, None].float() * frequencies[None]
@@ -41,17 +41,21 @@ def norm_of(channels: int) -> GroupNorm:
 
 
 def modulated(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """SiLU(norm(x) (1 + scale) + shift) of x (N, C, H, W); scale and shift (T, C), one for every N / T consecutive images."""
-    if len(scale) == len(x):
-        return F.silu(torch.addcmul(shift[:, :, None, None], norm(x), 1 + scale[:, :, None, None]))
+    """SiLU(norm(x) (1 + scale) + shift) of x (N, C, H, W); scale and shift (T, C), one for every N / T consecutive images.
+
+    Each image's numbers are the same whatever N / T is, one image alone included.
+    """
+    if not isinstance(norm, GroupNorm) or len(scale) == len(x) > 1:
+        scale, shift = (each[:, :, None, None] for each in (scale, shift))
+        return F.silu(torch.addcmul(shift, norm(x), 1 + scale))
     # The norm multiplies and adds anyway: images that share a timestep spare a pass over memory.
-    factors = 1 + scale.float()
+    factors = 1 + scale.to(norm.weight.dtype)
     weights, biases = norm.weight * factors, torch.addcmul(shift, norm.bias, factors)
     parts = zip(x.chunk(len(scale)), weights, biases, strict=True)
     normed = [group_norm(part, norm.num_groups, weight, bias, norm.eps) for part, weight, bias in parts]
     if torch.is_grad_enabled():
         return F.silu(torch.cat(normed))
-    result = torch.empty_like(x)
+    result = torch.empty_like(x, dtype=normed[0].dtype)  # which autocast makes float32 on a GPU
     for part, place in zip(normed, result.chunk(len(scale)), strict=True):
         torch.ops.aten.silu.out(part, out=place)
     return result
@@ -80,8 +84,8 @@ class ResBlock(nn.Module):
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, 2 * out_channels))
         self.out_layers = nn.Sequential(
             norm_of(out_channels),
-            nn.SiLU(),
-            nn.Dropout(0.0),  # keeps the published numbering: the convolution is out_layers.3
+            nn.SiLU(),  # this, which `modulated` does, and the next keep the published numbering: the convolution is out_layers.3
+            nn.Dropout(0.0),
             zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         self.skip_connection: nn.Module = (
@@ -238,6 +242,7 @@ class UNet(nn.Module):
         ask_head: whether the feature head answers, which takes long where features have many channels.
         """
         assert (labels is not None) == (self.label_emb is not None), "labels go with num_classes"
+        assert len(x) % len(timesteps) == 0, "as many images to each timestep"
         embedding = self.time_embed(timestep_embedding(timesteps, self.model_channels))
         if self.label_emb is not None:
             embedding = embedding + self.label_emb(labels)
