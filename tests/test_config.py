@@ -174,7 +174,8 @@ def test_digests_leave_out_what_a_way_of_scoring_does_not_look_at():
     texture = load_config("texture")
     assert texture.digest() == "ffed4e33692a", "models of earlier releases count as trained with what they knew"
     assert texture.digest() != load_config("texture", ["scoring.place_reach=1"]).digest()
-    general = ["scoring.covariance=general", "features.context_stages=[4]", "scoring.context_weight=0"]
+    then = ["training.feature_weight=1", "features.context_stages=[4]"]
+    general = [*then, "scoring.covariance=general", "scoring.context_weight=0"]
     for unasked in ("scoring.place_reach=0", "scoring.place_turns=false", "scoring.context_cells=7"):
         assert load_config("fast", [*general, unasked]).digest() == "83699213ea31"
     assert load_config("fast").digest() != load_config("fast", ["scoring.context_cells=7"]).digest()
