@@ -36,11 +36,11 @@ def work(settings: dict[str, Any]) -> None:
     ends the workers, and Ray Train starts them again.
     """
     slot, board, slots = settings["slot"], settings["board"], settings["slots"]
-    reuse_freed_memory()
     context = ray.train.get_context()
     rank = Rank(context.get_world_rank(), context.get_world_size())
     while (name := _next(board, slot, rank)) is not None:
         torch.set_num_threads(slots.cpus)
+        reuse_freed_memory()
         job = ray.get(board.job.remote(name))
         try:
             found = train(
