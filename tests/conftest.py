@@ -23,7 +23,8 @@ pytest_plugins = ["tests.s3_server", "tests.seaweed_server"]
 
 # Jobs under test have a Ray of their own, whatever else runs on this machine.
 os.environ.setdefault("RAY_ADDRESS", "local")
-# Two workers of pytest share the cores, so that no thread of a job should look on for the others.
+# Two workers of pytest share the cores: a job gets one of them, and where it has more its threads do not look on for each other.
+os.environ.setdefault("RAY_OVERRIDE_RESOURCES", '{"CPU": 1}')
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Tests are small and may run beside each other: a second thread costs more than it brings.

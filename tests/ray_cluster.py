@@ -98,10 +98,15 @@ def _wait(process: subprocess.Popen[bytes], url: str, token: str, log: Path) -> 
 
 
 def _wait_for_nodes(cluster: RayCluster, count: int, log: Path) -> None:
+    headers = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
     deadline = time.monotonic() + START_S
-    while int(state_of(cluster, "sum(node['Alive'] for node in ray.nodes())")) < count:
+    while True:
+        found = requests.get(f"{cluster.dashboard}/nodes?view=summary", headers=headers, timeout=30).json()
+        if sum(node["raylet"].get("state") == "ALIVE" for node in found["data"]["summary"]) == count:
+            return
         if time.monotonic() > deadline:
             raise AssertionError(f"node {count - 1} is missing:\n{log.read_text(errors='replace')[-3000:]}")
+        time.sleep(0.5)
 
 
 def _kill_tree(pid: int) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.model_store import model_info
 from pipeline.storage import Location
 from tests.job_runs import TEXTURES, TINY, job, rows, succeeded
 
@@ -98,14 +99,6 @@ class TestScoring:
         planned = succeeded(job("score_archives", *arguments, "--dry-run"))
         assert planned.count(", 1 shards scored already") == 2
 
-        # A lost commit marker: that shard is done again, the other is not, and the rows are the same.
-        marker = next((results / "scores/category=gravel").rglob("*.parquet"))
-        marker.unlink()
-        lenient = succeeded(job("score_archives", *arguments, "--max-failure-fraction", 0.2))
-        assert "1 shards written" in lenient
-        once_more = {row["image_id"]: row["score"] for row in rows(results, "scores")}
-        assert once_more == {row["image_id"]: row["score"] for row in scores}
-
         # A compacted night is done as well.
         succeeded(job("compact", "--results", results, "--nights", "2026-01-31"))
         before = {path: path.read_bytes() for path in results.rglob("*.parquet")}
@@ -116,30 +109,38 @@ class TestScoring:
 
 
 @pytest.mark.slow
-def test_textures_in_the_layout_of_dtd_synthetic_are_scored_by_restoration(dataset: Path, tmp_path: Path) -> None:
-    texture, models = tmp_path / "dtd/Blotchy_099", tmp_path / "models"
-    shutil.copytree(dataset / "brick/train/good", texture / "train/good")
-    shutil.copytree(dataset / "brick/test/good", texture / "test/good")
-    for folder in ("test/bad", "ground_truth/bad"):
-        (texture / folder).mkdir(parents=True)
-    for mask in (dataset / "brick/ground_truth").glob("*/*_mask.png"):
-        image, name = mask.name.replace("_mask", ""), f"{mask.parent.name}_{mask.name}"
-        shutil.copy(mask, texture / "ground_truth/bad" / name)
-        shutil.copy(dataset / "brick/test" / mask.parent.name / image, texture / "test/bad" / name.replace("_mask", ""))
-    settings = [*TINY, "features.input_size=null"]
+def test_one_network_scores_the_textures_of_a_dtd_layout_by_restoration(dataset: Path, tmp_path: Path) -> None:
+    named = dict(zip(("Blotchy_099", "Fibrous_183"), TEXTURES, strict=True))
+    for name, source in named.items():
+        texture = tmp_path / "dtd" / name
+        shutil.copytree(dataset / source / "train/good", texture / "train/good")
+        shutil.copytree(dataset / source / "test/good", texture / "test/good")
+        for folder in ("test/bad", "ground_truth/bad"):
+            (texture / folder).mkdir(parents=True)
+        for mask in (dataset / source / "ground_truth").glob("*/*_mask.png"):
+            image, bad = mask.name.replace("_mask", ""), f"{mask.parent.name}_{mask.name}"
+            shutil.copy(mask, texture / "ground_truth/bad" / bad)
+            shutil.copy(
+                dataset / source / "test" / mask.parent.name / image, texture / "test/bad" / bad.replace("_mask", "")
+            )
+    models = tmp_path / "models"
+    settings = [*TINY, "features.input_size=null", "joint=true"]
     select = ["--select", "scoring.restoration.eta=[0,1]"]
     command = ["train_all", "--dataset", tmp_path / "dtd", "--models", models, "--preset", "texture"]
     told = succeeded(job(*command, *settings, *select))
     assert "(dtd), preset texture" in told
     assert "scoring.restoration.eta" in told.split("implanted defects")[0], "the choice is told"
+    infos = [model_info(Location.parse(models), name) for name in named]
+    assert [info.classes for info in infos] == [tuple(named)] * 2
+    assert infos[0].version == infos[1].version
     report = tmp_path / "metrics.json"
     arguments = ["--dataset", tmp_path / "dtd", "--models", models, "--results", tmp_path / "results"]
-    succeeded(job("evaluate", *arguments, "--json", report))
-    metrics = json.loads(report.read_text())["categories"]["Blotchy_099"]
-    assert (metrics["images"], metrics["regions"] >= 5) == (9, True)
-    assert metrics["pixel_auroc"] > 0.5
+    assert "18 images in = 18 scored" in succeeded(job("evaluate", *arguments, "--json", report))
+    for metrics in json.loads(report.read_text())["categories"].values():
+        assert (metrics["images"], metrics["regions"] >= 5) == (9, True)
+        assert metrics["pixel_auroc"] > 0.5
     scores = rows(tmp_path / "results", "scores")
-    assert len({row["kl_score"] for row in scores}) == 9, "the restored photographs' own score"
+    assert len({row["kl_score"] for row in scores}) == 18, "the restored photographs' own score"
 
 
 @pytest.mark.slow
@@ -203,9 +204,10 @@ def test_sheets_of_a_labelled_data_set_show_its_masks(dataset: Path, models: Pat
 
 @pytest.mark.slow
 def test_the_demo_leaves_metrics_tables_and_a_picture(tmp_path: Path) -> None:
-    output = succeeded(job("demo", "--output", tmp_path / "demo", *TINY))
+    every_core = {"RAY_OVERRIDE_RESOURCES": ""}
+    output = succeeded(job("demo", "--output", tmp_path / "demo", "--textures", "gravel", *TINY, env=every_core))
     found = json.loads((tmp_path / "demo/metrics.json").read_text())
-    assert set(found["categories"]) == set(TEXTURES)
+    assert set(found["categories"]) == {"gravel"}
     for metrics in found["categories"].values():
         assert metrics["images"] == 50
         assert 0.5 < metrics["pixel_auroc"] <= 1
@@ -215,7 +217,7 @@ def test_the_demo_leaves_metrics_tables_and_a_picture(tmp_path: Path) -> None:
     assert table == {name: metrics["pixel_auroc"] for name, metrics in found["categories"].items()}
     with Image.open(tmp_path / "demo/contact-sheet.png") as sheet:
         assert sheet.width > 300
-    assert len(rows(tmp_path / "demo/results", "scores")) == 100
+    assert len(rows(tmp_path / "demo/results", "scores")) == 50
 
 
 @pytest.mark.slow
@@ -226,10 +228,3 @@ def test_a_mistake_is_one_line_on_a_quiet_terminal(tmp_path: Path) -> None:
     assert line.startswith("error: ")
     assert "does not exist" in line
     assert result.stdout == ""
-
-
-@pytest.mark.slow
-def test_a_dry_run_prints_the_plan_and_writes_nothing(dataset: Path, tmp_path: Path) -> None:
-    output = succeeded(job("train_all", "--dataset", dataset, "--models", tmp_path / "models", "--dry-run"))
-    assert "brick: 12 normal training images" in output
-    assert not (tmp_path / "models").exists()

@@ -25,7 +25,7 @@ STALE = b"""{"token": "0", "host": "gone", "pid": 1, "since": "2026-01-31T22:00:
              "expires": "2026-01-31T22:01:00+00:00", "expiry_s": 0.1}"""
 
 
-@pytest.fixture(params=["local", "s3", "seaweed_s3"])
+@pytest.fixture(params=["local", "seaweed_s3"])
 def results(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     return Location.parse(tmp_path) if request.param == "local" else request.getfixturevalue(request.param)
 

@@ -34,10 +34,10 @@ def write_photographs(folder: Location, count: int = 12, seed: int = 4) -> None:
         (folder / f"{i:02d}.png").write_bytes(encode_png(photograph))
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     """Where data and models lie."""
-    return Location.parse(tmp_path) if request.param == "local" else request.getfixturevalue("s3")
+    return request.getfixturevalue("s3") if getattr(request, "param", "local") == "s3" else Location.parse(tmp_path)
 
 
 @pytest.fixture
@@ -73,6 +73,7 @@ def stored_weights(job: TrainingJob, category: str = "cloth") -> bytes:
     return (model_info(job.models, category).location / "weights.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("folder", ["local", "s3"], indirect=True)
 def test_an_interrupted_training_ends_with_the_very_same_weights_and_curves(job: TrainingJob) -> None:
     calm = dataclasses.replace(job, models=job.models / "calm")
     run(calm)
@@ -120,7 +121,6 @@ def test_provenance_tells_where_a_model_comes_from(job: TrainingJob) -> None:
     assert not up_to_date(job.models, "cloth", {other.settings_digest}, "0123")
 
 
-@pytest.mark.parametrize("folder", ["local"], indirect=True)
 class TestFailures:
     def test_a_diverged_training_says_so_and_stores_nothing(
         self, job: TrainingJob, variant: Callable[..., Config]
@@ -142,7 +142,6 @@ class TestFailures:
             run(job)
 
 
-@pytest.mark.parametrize("folder", ["local"], indirect=True)
 class TestCalibratingAnew:
     @pytest.fixture
     def again(self, job: TrainingJob, variant: Callable[..., Config]) -> TrainingJob:
@@ -180,7 +179,6 @@ class TestCalibratingAnew:
         assert model_info(again.models, "cloth").version == again.versions[0]
 
 
-@pytest.mark.parametrize("folder", ["local"], indirect=True)
 def test_one_network_of_two_categories_knows_which_is_which(job: TrainingJob) -> None:
     write_photographs(job.dataset / "wool/train/good", count=9, seed=6)
     joint = job.config.model_copy(update={"joint": True})
@@ -196,7 +194,6 @@ def test_one_network_of_two_categories_knows_which_is_which(job: TrainingJob) ->
     assert stored_weights(both, "cloth") != stored_weights(both, "wool")
 
 
-@pytest.mark.parametrize("folder", ["local"], indirect=True)
 @pytest.mark.parametrize(
     ("iterations", "scoring"),
     [
@@ -220,7 +217,6 @@ def test_other_ways_of_scoring_are_stored_and_read_like_the_first(
     assert (scores > info.calibration["threshold"]).all()
 
 
-@pytest.mark.parametrize("folder", ["local"], indirect=True)
 class TestMlflow:
     @pytest.fixture(autouse=True)
     def client(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MlflowClient:
@@ -251,7 +247,6 @@ class TestMlflow:
         assert model_info(job.models, "cloth").version
 
 
-@pytest.mark.parametrize("folder", ["local"], indirect=True)
 def test_an_mlflow_server_that_is_not_there_costs_no_training_and_shows_no_password(
     job: TrainingJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,7 +258,6 @@ def test_an_mlflow_server_that_is_not_there_costs_no_training_and_shows_no_passw
     assert "s3cret" not in str(reported)
 
 
-@pytest.mark.parametrize("folder", ["local"], indirect=True)
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut", "format"])
 def test_a_checkpoint_that_cannot_be_used_costs_its_steps_and_no_more(job: TrainingJob, damage: bytes | str) -> None:
     with pytest.raises(StoppedError):
@@ -278,7 +272,6 @@ def test_a_checkpoint_that_cannot_be_used_costs_its_steps_and_no_more(job: Train
     assert model_info(job.models, "cloth").provenance["resumed_at_step"] == 0
 
 
-@pytest.mark.parametrize("folder", ["local"], indirect=True)
 def test_stages_that_the_extractor_has_not_fail_before_the_first_step(
     job: TrainingJob, variant: Callable[..., Config]
 ) -> None:
@@ -289,7 +282,6 @@ def test_stages_that_the_extractor_has_not_fail_before_the_first_step(
     assert not any("step" in facts for facts in reported)
 
 
-@pytest.mark.parametrize("folder", ["local"], indirect=True)
 def test_a_model_that_must_be_calibrated_again_is_not_up_to_date(
     job: TrainingJob, variant: Callable[..., Config]
 ) -> None:

@@ -43,8 +43,8 @@ def make_categories(folder: Location, names: Sequence[str] = CATEGORIES) -> Loca
     return folder
 
 
-def arguments(dataset: Location, models: Location) -> list[object]:
-    return ["--dataset", dataset, "--models", models, *SETTINGS, "--max-concurrent", 2]
+def arguments(dataset: Location, models: Location, at_once: int = 2) -> list[object]:
+    return ["--dataset", dataset, "--models", models, *SETTINGS, "--max-concurrent", at_once]
 
 
 def weights(models: Location) -> dict[str, bytes]:
@@ -56,7 +56,14 @@ def weights(models: Location) -> dict[str, bytes]:
 
 
 def disturbed(
-    dataset: Location, models: Location, targets: Sequence[str], rng: random.Random, kill: Kill, latest: int = 4
+    dataset: Location,
+    models: Location,
+    targets: Sequence[str],
+    rng: random.Random,
+    kill: Kill,
+    *,
+    latest: int = 4,
+    at_once: int = 2,
 ) -> tuple[int, list[str]]:
     """Train, killing one target after the other; returns how often the job was started and what was killed.
 
@@ -65,7 +72,7 @@ def disturbed(
     starts, waiting = 0, [*targets]
     while True:
         starts += 1
-        command = [sys.executable, str(ROOT / "jobs/train_all.py"), *map(str, arguments(dataset, models))]
+        command = [sys.executable, str(ROOT / "jobs/train_all.py"), *map(str, arguments(dataset, models, at_once))]
         run = subprocess.Popen(
             [*command, "--only-missing"],
             stdout=subprocess.PIPE,
