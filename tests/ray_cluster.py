@@ -101,9 +101,12 @@ def _wait_for_nodes(cluster: RayCluster, count: int, log: Path) -> None:
     headers = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
     deadline = time.monotonic() + START_S
     while True:
-        found = requests.get(f"{cluster.dashboard}/nodes?view=summary", headers=headers, timeout=30).json()
-        if sum(node["raylet"].get("state") == "ALIVE" for node in found["data"]["summary"]) == count:
-            return
+        try:
+            found = requests.get(f"{cluster.dashboard}/nodes?view=summary", headers=headers, timeout=30).json()
+            if sum(node["raylet"].get("state") == "ALIVE" for node in found["data"]["summary"]) == count:
+                return
+        except (requests.RequestException, KeyError):  # it has just begun; what is no JSON is the former, too
+            pass
         if time.monotonic() > deadline:
             raise AssertionError(f"node {count - 1} is missing:\n{log.read_text(errors='replace')[-3000:]}")
         time.sleep(0.5)

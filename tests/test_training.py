@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -17,11 +18,13 @@ from pipeline.images import encode_png
 from pipeline.model_store import model_info
 from pipeline.model_versions import up_to_date
 from pipeline.model_weights import load_scorer
+from pipeline.presets import load_config
 from pipeline.storage import Location
 from pipeline.training import train
 from pipeline.training_images import load_photographs
 from pipeline.training_job import TrainingJob
 from tests.conftest import make_photographs
+from tests.job_runs import TINY
 from tests.tensorboard_events import curves
 
 
@@ -192,6 +195,17 @@ def test_one_network_of_two_categories_knows_which_is_which(job: TrainingJob) ->
     assert {info.classes for info in infos.values()} == {("cloth", "wool")}
     assert [info.provenance["training_images"] for info in infos.values()] == [8, 5]
     assert stored_weights(both, "cloth") != stored_weights(both, "wool")
+
+
+def test_the_unified_preset_in_small_trains_and_scores(job: TrainingJob) -> None:
+    write_photographs(job.dataset / "wool/train/good", count=9, seed=6)
+    small = ["features.extractor=tf_efficientnet_lite0", "network.model_channels=32", "network.num_head_channels=32"]
+    config = load_config("unified", [*TINY[1:], *small, "training.iterations=2"])
+    run(dataclasses.replace(job, name="joint", categories=("cloth", "wool"), config=config, variants=(config.scoring,)))
+    scorers = [load_scorer(model_info(job.models, name)) for name in ("cloth", "wool")]
+    maps = [scorer.score(make_photographs(3, seed=7, side=64)).maps for scorer in scorers]
+    assert all(np.isfinite(each).all() for each in maps)
+    assert not np.array_equal(*maps), "each has its own label and calibration"
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,7 @@ def disturbed(
     targets: Sequence[str],
     rng: random.Random,
     kill: Kill,
-    *,
     latest: int = 4,
-    at_once: int = 2,
 ) -> tuple[int, list[str]]:
     """Train, killing one target after the other; returns how often the job was started and what was killed.
 
@@ -72,7 +70,7 @@ def disturbed(
     starts, waiting = 0, [*targets]
     while True:
         starts += 1
-        command = [sys.executable, str(ROOT / "jobs/train_all.py"), *map(str, arguments(dataset, models, at_once))]
+        command = [sys.executable, str(ROOT / "jobs/train_all.py"), *map(str, arguments(dataset, models))]
         run = subprocess.Popen(
             [*command, "--only-missing"],
             stdout=subprocess.PIPE,
