@@ -26,6 +26,7 @@ def test_every_bad_input_is_told_and_every_good_image_beside_it_is_scored(models
     run = job(
         *("score_archives", "--archives", tmp_path / "corpus", "--category", "brick", "--models", models),
         *("--results", results, "--night", "2026-01-31", "--maps", "none"),
+        env={"RAY_OVERRIDE_RESOURCES": ""},  # every core: readers beside the actor, and an actor of several threads
     )
     assert run.returncode == 1, run.stdout + run.stderr  # far more failures than a good night has
     assert "not scored" not in run.stdout
@@ -37,10 +38,7 @@ def test_every_bad_input_is_told_and_every_good_image_beside_it_is_scored(models
     assert record["counts"]["images"] == record["counts"]["scored"] + record["counts"]["failed"]
 
 
-def test_a_night_has_one_run_at_a_time_and_kills_leave_no_trace(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", "")  # every core: readers beside actors, and actors of several threads
+def test_a_night_has_one_run_at_a_time_and_kills_leave_no_trace(models: Path, tmp_path: Path) -> None:
     night, calm = Location.parse(make_night(tmp_path / "night")), Location.parse(tmp_path / "calm")
     command = [sys.executable, str(ROOT / "jobs/score_archives.py"), *map(str, arguments(night, models, calm))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
