@@ -56,12 +56,7 @@ def weights(models: Location) -> dict[str, bytes]:
 
 
 def disturbed(
-    dataset: Location,
-    models: Location,
-    targets: Sequence[str],
-    rng: random.Random,
-    kill: Kill,
-    latest: int = 4,
+    dataset: Location, models: Location, targets: Sequence[str], rng: random.Random, kill: Kill, latest: int = 4
 ) -> tuple[int, list[str]]:
     """Train, killing one target after the other; returns how often the job was started and what was killed.
 
