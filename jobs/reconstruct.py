@@ -59,6 +59,26 @@ class Options:
 
 def reconstruct(options: Options) -> int:
     """Restore; returns the exit status."""
+    plan, settings = planned(options)
+    sizes = [archive.size() for archive in plan.archives]
+    console.print(
+        f"{len(plan.archives)} archives, {size_text(sum(sizes))}, method {options.method}; pictures to {plan.results}",
+        markup=False,
+    )
+    if options.dry_run:
+        for archive, done in zip(plan.archives, restored_shards(plan, settings), strict=True):
+            already = f", {len(done)} shards restored already" if done else ""
+            console.print(f"  {archive.kind} {archive.location}: {archive.category}{already}", markup=False)
+        return OK
+    require_writable(plan.results)
+    with ray_session() as resources, ScoringProgress(sizes, verb="restored") as progress:
+        totals = restore_archives(plan, resources.scoring_workers(options.actors), settings, progress)
+    show_totals(totals, plan.max_failure_fraction, verb="restored", failures_in=f"{settings.done}/*.json")
+    return OK if totals.fine(plan.max_failure_fraction) else PARTIAL_FAILURE
+
+
+def planned(options: Options) -> tuple[BatchPlan, RestorePlan]:
+    """What there is to restore, and how. Raises UserError for options that do not go together."""
     check_options(options.actors, options.shard_images, options.max_failure_fraction)
     output, models = Location.parse(options.output), Location.parse(options.models)
     for images in map(Location.parse, [*options.images, *filter(None, [options.dataset])]):
@@ -78,21 +98,7 @@ def reconstruct(options: Options) -> int:
     for model in plan.models.values():
         require_able(model.config, METHODS[options.method])
     settings = RestorePlan(output, METHODS[options.method], options.sheets, options.steps_strip, masks)
-    sizes = [archive.size() for archive in archives]
-    console.print(
-        f"{len(archives)} archives, {size_text(sum(sizes))}, method {options.method}; pictures to {output}",
-        markup=False,
-    )
-    if options.dry_run:
-        for archive, done in zip(archives, restored_shards(plan, settings), strict=True):
-            already = f", {len(done)} shards restored already" if done else ""
-            console.print(f"  {archive.kind} {archive.location}: {archive.category}{already}", markup=False)
-        return OK
-    require_writable(output)
-    with ray_session() as resources, ScoringProgress(sizes, verb="restored") as progress:
-        totals = restore_archives(plan, resources.scoring_workers(options.actors), settings, progress)
-    show_totals(totals, plan.max_failure_fraction, verb="restored", failures_in=f"{settings.done}/*.json")
-    return OK if totals.fine(plan.max_failure_fraction) else PARTIAL_FAILURE
+    return plan, settings
 
 
 def given(options: Options) -> tuple[Archive, ...]:

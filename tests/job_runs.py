@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.dataset as ds
@@ -61,19 +62,24 @@ def make_dataset(folder: Path) -> Path:
 
 
 def train_tiny(dataset: Path, models: Path) -> Path:
-    """Tiny models of both textures as `train_all` with TINY would train them, here without Ray, whose workers take five times
-    as long to start."""
-    place, config = Location.parse(dataset), load_config("demo", TINY[1:])
-    for name in TEXTURES:
+    """Tiny models of both textures."""
+    train_here(Location.parse(dataset), Location.parse(models), TEXTURES, TINY[1:])
+    return models
+
+
+def train_here(dataset: Location, models: Location, names: Sequence[str], settings: Sequence[str]) -> None:
+    """Models as `train_all --preset demo --set` would train them, but without Ray, whose workers take five times as long to
+    start."""
+    config = load_config("demo", settings)
+    for name in names:
         job = TrainingJob(
             name=name,
             categories=(name,),
-            dataset=place,
+            dataset=dataset,
             layout="mvtec",
-            models=Location.parse(models),
+            models=models,
             config=config,
             variants=(config.scoring,),
-            files_fingerprint=files_fingerprint(training_records(place, "mvtec", name)),
+            files_fingerprint=files_fingerprint(training_records(dataset, "mvtec", name)),
         )
         train(job, load=load_photographs, report=lambda _: None)
-    return models

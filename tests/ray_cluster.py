@@ -1,4 +1,5 @@
-"""A Ray cluster of a head without CPUs and two workers, started as operators start it and reached as users reach it."""
+"""Rays that run before jobs come: a node of one CPU, and a cluster of a head without CPUs and two workers, started as operators
+start it and reached as users reach it."""
 
 from __future__ import annotations
 
@@ -39,6 +40,26 @@ class RayCluster:
         return subprocess.run(
             line, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False
         )
+
+
+@contextmanager
+def one_node(folder: Path) -> Iterator[dict[str, str]]:
+    """A node of one CPU for jobs that come one after the other: it starts once, they sooner. The environment in which they
+    find it."""
+    (port,) = free_ports(1)
+    found = {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid4().hex}
+    command = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=1", "--include-dashboard=false"]
+    command += ["--object-store-memory=200000000", f"--temp-dir={folder}", "--disable-usage-stats"]
+    with (folder / "node.log").open("wb") as log:
+        process = subprocess.Popen(command, env=os.environ | found | {"RAY_ADDRESS": ""}, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + START_S
+            while not (folder / "session_latest/sockets/raylet").exists():
+                assert process.poll() is None and time.monotonic() < deadline, (folder / "node.log").read_text()
+                time.sleep(0.1)
+            yield found
+        finally:
+            _kill_tree(process.pid)
 
 
 @contextmanager

@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from jobs.score_archives import Options, plan_night
 from pipeline.archives import find_archives, read_shards, read_units
 from pipeline.images import ImageError, decode
+from pipeline.run_record import run_record
+from pipeline.shard_scoring import ScoringActor
+from pipeline.storage import Location
+from pipeline.totals import total
 from tests.bad_inputs import BadInput, Expected, bad_inputs, write_corpus
+from tests.job_runs import rows
+from tests.stages import ONE_THREAD, stream
 
 CORPUS = {bad.expected.kind: bad for bad in bad_inputs()}
 
@@ -59,3 +66,20 @@ def test_bad_input(bad: BadInput, shard_images: int, corpus: Path) -> None:
         assert sum(len(unit.entries or ()) for unit in units) == len(members)
     assert len({member.name for member in members if member.data}) == sum(m.data is not None for m in members)
     assert [shard.index for shard in shards] == list(range(len(shards)))
+
+
+def test_a_night_of_them_tells_every_bad_input_and_scores_every_good_image_beside_it(
+    corpus: Path, models: Path, tmp_path: Path
+) -> None:
+    results = Location.parse(tmp_path / "results")
+    options = Options((str(corpus),), str(models), str(results), category="brick", maps="none")
+    plan = plan_night(options, results, "2026-01-31")
+    totals = total(stream(plan, ScoringActor(plan, ONE_THREAD)), len(plan.archives))
+    assert totals.balanced and not totals.errors
+    record = run_record(plan, totals, seconds=1.0)
+    assert record["exit_status"] == 1, "far more failures than a good night has"
+    told = Counter(str(row["error"]) for row in rows(results, "failures"))
+    expected = [bad.expected for bad in CORPUS.values()]
+    assert told == Counter(code for one in expected for _, code in one.failures)
+    assert record["counts"]["scored"] == len(rows(results, "scores")) == sum(one.good for one in expected)
+    assert record["counts"]["images"] == record["counts"]["scored"] + record["counts"]["failed"]

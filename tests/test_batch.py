@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,6 +35,7 @@ from pipeline.storage import Location
 from pipeline.telemetry import ScoringTelemetry
 from pipeline.totals import ShardOutcome, earlier_outcomes, total
 from tests.job_runs import ROOT
+from tests.stages import ONE_THREAD, read, stream
 
 
 @pytest.fixture
@@ -58,12 +58,6 @@ def plan(tmp_path: Path, tiny: Config) -> BatchPlan:
         shard_images=2,
         started=datetime(2026, 1, 31, tzinfo=UTC),
     )
-
-
-def read(plan: BatchPlan, committed: Sequence[str] = (), archive: int = 0) -> list[dict[str, Any]]:
-    """What both reading stages give for one archive of the plan."""
-    row = {"archive": archive, "committed": list(committed)}
-    return [shard for unit in list_archive(row, plan) for shard in read_unit(unit, plan)]
 
 
 @pytest.fixture(params=["folder", "zip", "tar"])
@@ -135,7 +129,7 @@ def test_a_storage_that_gives_up_is_named_and_upsets_the_balance(
 
 def outcome_of(row: dict[str, Any], plan: BatchPlan) -> ShardOutcome:
     """What the scoring actor makes of a row that has nothing to score."""
-    return ShardOutcome(**ScoringActor(plan, Workers(1, 1, 1.0, 0.0))(decode_shard(row, plan)))
+    return ShardOutcome(**ScoringActor(plan, ONE_THREAD)(decode_shard(row, plan)))
 
 
 @pytest.mark.parametrize("change", ["content", "shard size", "model"])
@@ -260,11 +254,11 @@ def test_the_run_record_says_what_failed_what_was_not_scored_and_how_it_ended(pl
 
 def test_a_scored_shard_reports_its_bytes_and_failures(plan: BatchPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [decode_shard(row, plan) for row in read(plan)]
-    actor = ScoringActor(plan, Workers(1, 1, 1.0, 0.0))
+    actor = ScoringActor(plan, ONE_THREAD)
     counted: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(actor, "_score", lambda row, failures: 1)
     monkeypatch.setattr(actor.telemetry, "shard", lambda category, **counts: counted.append((category, counts)))
-    outcomes = [ShardOutcome(**actor(row)) for row in rows]
+    outcomes = stream(plan, actor)
     files = sorted(Path(plan.archives[0].location.uri).iterdir())
     assert [outcome.bytes for outcome in outcomes] == [
         *(sum(file.stat().st_size for file in files[i : i + 2]) for i in (0, 2, 4)),

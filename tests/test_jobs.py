@@ -7,6 +7,8 @@ import json
 import shutil
 import subprocess
 import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +16,30 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jobs.reconstruct import Options as Restoring
+from jobs.reconstruct import planned
+from jobs.score_archives import Options, plan_night
 from pipeline.model_store import model_info
+from pipeline.shard_restoring import RestoringActor
+from pipeline.shard_scoring import ScoringActor
 from pipeline.storage import Location
 from tests.job_runs import TEXTURES, TINY, job, rows, succeeded
+from tests.ray_cluster import one_node
+from tests.stages import ONE_THREAD, stream
+
+
+@pytest.fixture(scope="module")
+def ray_node() -> Iterator[None]:
+    """A Ray that runs already, in which the jobs of this file work."""
+    # Sockets want short paths.
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-") as folder,
+        one_node(Path(folder)) as environment,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +69,7 @@ class Scored(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def scored(models: Path, night: Path, tmp_path_factory: pytest.TempPathFactory) -> Scored:
+def scored(ray_node: None, models: Path, night: Path, tmp_path_factory: pytest.TempPathFactory) -> Scored:
     """The night as it is scored the first time. Whoever changes it comes last."""
     results = tmp_path_factory.mktemp("scored") / "results"
     arguments = ["--archives", night, "--models", models, "--results", results, "--night", "2026-01-31"]
@@ -61,8 +84,9 @@ class TestScoring:
         for folder in night / "category=brick", models / "brick":
             for file in filter(Path.is_file, folder.rglob("*")):
                 (s3 / folder.parent.name / file.relative_to(folder.parent).as_posix()).write_bytes(file.read_bytes())
-        places = ["--models", s3 / models.name, "--archives", s3 / "night/category=brick", "--results", s3 / "results"]
-        succeeded(job("score_archives", *places, "--shard-images", 4, "--max-failure-fraction", 0.2))
+        options = Options((str(s3 / "night"),), str(s3 / models.name), str(s3 / "results"), shard_images=4)
+        plan = plan_night(options, s3 / "results", "2026-01-31")
+        stream(plan, ScoringActor(plan, ONE_THREAD))
         assert len((s3 / "results/scores").files(recursive=True)) == 3
         found = []
         for results in (Location.parse(scored.results), s3 / "results"):
@@ -74,7 +98,9 @@ class TestScoring:
         for key, one in found[0].items():
             np.testing.assert_allclose(one, found[1][key], rtol=2e-3, atol=2e-3)
 
-    def test_every_image_is_scored_or_has_a_failures_row(self, scored: Scored, night: Path) -> None:
+    def test_every_image_is_scored_or_has_a_failures_row(
+        self, scored: Scored, night: Path, start: Callable[..., tuple[object, str, str]]
+    ) -> None:
         arguments, results, first = scored
         assert first.returncode == 1, first.stdout + first.stderr
         assert "21 images in = 18 scored" in first.stdout
@@ -96,11 +122,11 @@ class TestScoring:
         assert record["counts"]["bytes"] == read + sum(f.stat().st_size for f in (night / "category=brick").iterdir())
         assert record["failures"] == {"truncated": 1, "not_an_image": 1, "empty_file": 1}
         assert (record["exit_status"], record["not_scored"]) == (1, [])
-        planned = succeeded(job("score_archives", *arguments, "--dry-run"))
-        assert planned.count(", 1 shards scored already") == 2
+        status, planned, _ = start("score_archives", *arguments, "--dry-run")
+        assert (status, planned.count(", 1 shards scored already")) == (0, 2)
 
         # A compacted night is done as well.
-        succeeded(job("compact", "--results", results, "--nights", "2026-01-31"))
+        assert start("compact", "--results", results, "--nights", "2026-01-31")[0] == 0
         before = {path: path.read_bytes() for path in results.rglob("*.parquet")}
         again = job("score_archives", *arguments)
         assert (again.returncode, "nothing to do" in again.stdout) == (1, True), "a bad night stays one"
@@ -109,7 +135,9 @@ class TestScoring:
 
 
 @pytest.mark.slow
-def test_one_network_scores_the_textures_of_a_dtd_layout_by_restoration(dataset: Path, tmp_path: Path) -> None:
+def test_one_network_scores_the_textures_of_a_dtd_layout_by_restoration(
+    ray_node: None, dataset: Path, tmp_path: Path
+) -> None:
     named = dict(zip(("Blotchy_099", "Fibrous_183"), TEXTURES, strict=True))
     for name, source in named.items():
         texture = tmp_path / "dtd" / name
@@ -144,7 +172,9 @@ def test_one_network_scores_the_textures_of_a_dtd_layout_by_restoration(dataset:
 
 
 @pytest.mark.slow
-def test_archives_are_restored_once_and_what_cannot_be_is_named(models: Path, night: Path, tmp_path: Path) -> None:
+def test_archives_are_restored_once_and_what_cannot_be_is_named(
+    ray_node: None, models: Path, night: Path, tmp_path: Path, start: Callable[..., tuple[object, str, str]]
+) -> None:
     output = tmp_path / "restored"
     arguments = ["--images", night, "--models", models, "--output", output, "--shard-images", 6]
     command = ["reconstruct", *arguments, "--method", "conditioned", "--sheets", "--steps-strip"]
@@ -169,18 +199,17 @@ def test_archives_are_restored_once_and_what_cannot_be_is_named(models: Path, ni
         expected = np.abs(picture - tiles[0]).mean(-1).round()
         assert np.array_equal(np.asarray(Image.open(difference)), expected)
     assert any(np.asarray(Image.open(difference)).any() for difference in pictures["difference"])
-    again = job(*command)
-    assert again.returncode == 1, "what failed before is not forgotten"
-    assert "nothing to do: all 4 shards were restored before" in again.stdout
+    status, planned, _ = start(*command, "--dry-run")
+    assert (status, planned.count(", 2 shards restored already")) == (0, 2)
 
 
-@pytest.mark.slow
 def test_sheets_of_a_labelled_data_set_show_its_masks(dataset: Path, models: Path, tmp_path: Path) -> None:
     data, output = tmp_path / "data", tmp_path / "restored"
     shutil.copytree(dataset / "brick", data / "brick")
     unreadable, *_ = sorted((data / "brick/ground_truth").rglob("*_mask.png"))
     unreadable.write_bytes(b"no image")
-    succeeded(job("reconstruct", "--dataset", data, "--models", models, "--output", output, "--sheets"))
+    plan, settings = planned(Restoring(str(models), str(output), dataset=str(data), sheets=True))
+    stream(plan, RestoringActor(plan, ONE_THREAD, settings))
     (record,) = [json.loads(path.read_text()) for path in output.glob("_shards/*/*.json")]
     assert len(record["restored"]) == 9
     assert len(record["masks_not_read"]) == 1
@@ -204,8 +233,8 @@ def test_sheets_of_a_labelled_data_set_show_its_masks(dataset: Path, models: Pat
 
 @pytest.mark.slow
 def test_the_demo_leaves_metrics_tables_and_a_picture(tmp_path: Path) -> None:
-    every_core = {"RAY_OVERRIDE_RESOURCES": ""}
-    output = succeeded(job("demo", "--output", tmp_path / "demo", "--textures", "gravel", *TINY, env=every_core))
+    own = {"RAY_ADDRESS": "local", "RAY_OVERRIDE_RESOURCES": ""}  # as for a newcomer: a Ray of its own with every core
+    output = succeeded(job("demo", "--output", tmp_path / "demo", "--textures", "gravel", *TINY, env=own))
     found = json.loads((tmp_path / "demo/metrics.json").read_text())
     assert set(found["categories"]) == {"gravel"}
     for metrics in found["categories"].values():

@@ -43,12 +43,13 @@ def awkward_images() -> dict[str, np.ndarray]:
 def test_small_defects_lie_anywhere_and_change_the_image_inside_their_mask_only(kind: str) -> None:
     image, rng = photograph("brick")[:256, :320], np.random.default_rng(2)
     masks, whole = [], []
-    for _ in range(24):
+    for number in range(16):
         defective, mask = implant(image, kind, rng, size=0.2)
         assert np.array_equal(defective[~mask], image[~mask])
         assert np.count_nonzero(np.abs(defective.astype(int) - image).max(axis=2) >= 12) >= 10
         masks.append(mask)
-        whole.append(implant(image, kind, rng)[1].sum())
+        if number % 3 == 0:
+            whole.append(implant(image, kind, rng)[1].sum())
     areas = np.array([mask.sum() for mask in masks])
     assert areas.min() > 0
     assert np.median(areas) < np.median(whole) / 6

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from jobs.train_all import Options, planned
 from pipeline.model_store import model_info
 from pipeline.model_weights import load_scorer
 from pipeline.storage import Location
 from tests import training_chaos
 from tests.chaos import one_machine
-from tests.job_runs import TEXTURES, TINY, job, succeeded
+from tests.job_runs import TINY, job, succeeded, train_here
 from tests.training_chaos import make_categories, weights
 
 pytestmark = pytest.mark.slow
@@ -30,45 +31,21 @@ def categories(tmp_path_factory: pytest.TempPathFactory) -> Location:
 
 @pytest.fixture(scope="module")
 def calm(categories: Location, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The weights of a training that nobody disturbed, its photographs in a file on disk instead of in memory."""
+    """The weights of a training that nobody disturbed, in this process and with all photographs in memory."""
     models = Location.parse(tmp_path_factory.mktemp("calm"))
-    succeeded(job("train_all", *training_chaos.arguments(categories, models, at_once=1), "--in-memory-gib", 0))
+    train_here(categories, models, training_chaos.CATEGORIES[:2], training_chaos.CHANGES)
     return weights(models)
-
-
-def test_broken_categories_fail_alone_and_are_named(dataset: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "data"
-    for name in TEXTURES:
-        for image in (dataset / name / "train/good").glob("*.png"):
-            copy = broken / name / "train/good" / image.name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(image.read_bytes())
-    victim = broken / "brick/train/good/003.png"
-    victim.write_bytes(victim.read_bytes()[:200])
-    shutil.copytree(dataset / "brick/test/good", broken / "untaught/test/good")
-    models = tmp_path / "models"
-    command = ["train_all", "--dataset", broken, "--models", models, "--preset", "demo", "--max-concurrent", 1, *TINY]
-    result = job(*command)
-    assert result.returncode == 1
-    assert "2 of 3 categories failed: brick, untaught" in result.stdout
-    assert "'untaught' of" in result.stdout and "has no normal training images" in result.stdout
-    assert "003.png" in result.stdout.replace("\n", "").replace(" ", "")
-    info = model_info(Location.parse(models), "gravel")
-    assert info.provenance["training_images"] + info.provenance["held_out_images"] == 12
-    assert info.config.training.iterations == 4
-    assert not (models / "brick").exists()
-    assert not list((models / "_runs").glob("gravel-*")), "checkpoints of finished runs are removed"
 
 
 def test_a_killed_training_ends_with_the_very_same_weights(
     categories: Location, calm: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Two categories at once, each with one thread, like the calm one's.
+    # Two categories at once, each with one thread, like the calm one's; photographs in a file on disk.
     monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 2}')
     models = Location.parse(tmp_path / "models")
     with one_machine() as kill:
         starts, killed = training_chaos.disturbed(
-            categories, models, ["job", "trainer"], random.Random(0), kill, latest=0
+            categories, models, ["job", "trainer"], random.Random(0), kill, latest=0, more=["--in-memory-gib", 0]
         )
     assert killed == ["job", "trainer"]
     assert starts == 2, "the job is started again, the worker comes back by itself"
@@ -77,42 +54,52 @@ def test_a_killed_training_ends_with_the_very_same_weights(
     assert max(resumed_at) >= 5
 
 
-def test_selection_keeps_the_network_that_finds_implanted_defects_and_starts_from_published_weights(
+def test_selection_from_published_weights_keeps_the_best_network_where_other_categories_are_broken(
     dataset: Path, models: Path, tmp_path: Path, start: Callable[..., tuple[object, str, str]]
 ) -> None:
-    trained = load_scorer(model_info(Location.parse(models), "brick")).denoiser.unet
+    data, chosen = tmp_path / "data", tmp_path / "models"
+    shutil.copytree(dataset, data)
+    victim = data / "brick/train/good/003.png"
+    victim.write_bytes(victim.read_bytes()[:200])
+    shutil.copytree(dataset / "brick/test/good", data / "untaught/test/good")
+    trained = load_scorer(model_info(Location.parse(models), "gravel")).denoiser.unet
     published = {k: v.half() for k, v in trained.state_dict().items() if not k.startswith("feature_head.")}
     torch.save(published | {"label_emb.weight": torch.zeros(10, 128)}, tmp_path / "published.pt")
-    chosen = tmp_path / "chosen"
-    output = succeeded(
-        job(
-            *("train_all", "--dataset", dataset, "--models", chosen, "--categories", "brick", "--preset", "demo"),
-            *(*TINY, "--initial-weights", tmp_path / "published.pt", "--false-alarm-rate", "0.05"),
-            *("--select", "training.learning_rate=[0.0004,0.00001]", "scoring.map_sigma=[1,2]", "--max-concurrent", 1),
-        )
+    result = job(
+        *("train_all", "--dataset", data, "--models", chosen, "--preset", "demo", *TINY),
+        *("--initial-weights", tmp_path / "published.pt", "--false-alarm-rate", "0.05"),
+        *("--select", "training.learning_rate=[0.0004,0.00001]", "scoring.map_sigma=[1,2]", "--max-concurrent", 1),
     )
-    line = " ".join(output.split())
+    assert result.returncode == 1, result.stdout + result.stderr
+    line = " ".join(result.stdout.split())
+    assert "2 of 3 categories failed: brick, untaught" in line
+    assert "'untaught' of" in line and "has no normal training images" in line
+    assert "003.png" in line.replace(" ", "")
+    assert not (chosen / "brick").exists()
+    assert not list((chosen / "_runs").glob("gravel*")), "checkpoints of finished runs are removed"
+
     assert "2 networks and 4 ways of scoring tried" in line
-    assert "training.learning_rate=" in line.split("brick:")[-1]
-    assert "scoring.map_sigma=" in line.split("brick:")[-1]
+    assert "training.learning_rate=" in line.split("gravel:")[-1]
+    assert "scoring.map_sigma=" in line.split("gravel:")[-1]
     assert "false alarms 5 % requested" in line
-    versions = {path.parent.name for path in chosen.glob("brick/*/model.json")}
+    versions = {path.parent.name for path in chosen.glob("gravel/*/model.json")}
     assert len(versions) == 2
-    stored = {version: json.loads((chosen / "brick" / version / "model.json").read_text()) for version in versions}
+    stored = {version: json.loads((chosen / "gravel" / version / "model.json").read_text()) for version in versions}
     merits = {
         version: sum(model["selection"][0][figure] for figure in ("pixel_auroc", "pro_0.30", "image_auroc"))
         for version, model in stored.items()
     }
-    info = model_info(Location.parse(chosen), "brick")
+    info = model_info(Location.parse(chosen), "gravel")
     assert info.version == max(merits, key=lambda version: merits[version])
     assert info.provenance["initial_weights"] == str(tmp_path / "published.pt")
+    assert info.provenance["training_images"] + info.provenance["held_out_images"] == 12
     assert {row["map_sigma"] for row in stored[info.version]["selection"]} == {1.0, 2.0}
     assert 0 <= info.calibration["false_alarms_low"] < 0.05 < info.calibration["false_alarms_high"] <= 1
 
     study = tmp_path / "study.json"
-    status, output, _ = start("study", "--dataset", dataset, "--models", chosen, "--json", study)
+    status, output, _ = start("study", "--dataset", data, "--models", chosen, "--json", study)
     assert (status, "rank correlation" in output) == (0, True)
-    rows = json.loads(study.read_text())["brick"]
+    rows = json.loads(study.read_text())["gravel"]
     assert {row["alpha"] for row in rows} >= {0.0, 0.5, 1.0}
     # The way that was chosen has the same figures as when it was chosen.
     (kept,) = (row for row in rows if row["chosen"])
@@ -161,6 +148,8 @@ def test_an_outdated_model_is_listed_refused_and_may_be_calibrated_again(
     evaluate = ["evaluate", "--dataset", dataset, "--models", copy, "--results", tmp_path / "results", "--dry-run"]
     status, _, errors = start(*evaluate)
     assert (status, "with --calibrate-only" in errors, len(errors.strip().splitlines())) == (2, True, 1)
-    train = ["train_all", "--dataset", dataset, "--models", copy, "--preset", "demo", *TINY, "--categories", "brick"]
-    planned = job(*train, "--false-alarm-rate", 0.05, "--calibrate-only", "--dry-run")
-    assert "calibrated only" in succeeded(planned)
+    asked = Options(
+        str(copy), str(dataset), categories=("brick",), preset="demo", set=tuple(TINY[1:]), calibrate_only=True
+    )
+    (again,) = planned(asked).jobs
+    assert again.versions == (info.version,)

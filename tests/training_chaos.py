@@ -30,7 +30,8 @@ from tests.job_runs import ROOT, TINY, job, succeeded
 from tests.seaweed_server import Seaweed, new_bucket, seaweed_server
 
 CATEGORIES = tuple(f"part{number}" for number in range(6))
-SETTINGS = ["--preset", "demo", *TINY, "training.iterations=60", "training.checkpoint_every=5"]
+CHANGES = [*TINY[1:], "training.iterations=60", "training.checkpoint_every=5"]
+SETTINGS = ["--preset", "demo", "--set", *CHANGES]
 TARGETS = ("trainer", "trainer", "controller", "raylet", "job")
 CLUSTER_TARGETS = ("trainer", "controller", "node", "server", "job")
 
@@ -43,8 +44,8 @@ def make_categories(folder: Location, names: Sequence[str] = CATEGORIES) -> Loca
     return folder
 
 
-def arguments(dataset: Location, models: Location, at_once: int = 2) -> list[object]:
-    return ["--dataset", dataset, "--models", models, *SETTINGS, "--max-concurrent", at_once]
+def arguments(dataset: Location, models: Location) -> list[object]:
+    return ["--dataset", dataset, "--models", models, *SETTINGS, "--max-concurrent", 2]
 
 
 def weights(models: Location) -> dict[str, bytes]:
@@ -56,18 +57,25 @@ def weights(models: Location) -> dict[str, bytes]:
 
 
 def disturbed(
-    dataset: Location, models: Location, targets: Sequence[str], rng: random.Random, kill: Kill, latest: int = 4
+    dataset: Location,
+    models: Location,
+    targets: Sequence[str],
+    rng: random.Random,
+    kill: Kill,
+    latest: int = 4,
+    more: Sequence[object] = (),
 ) -> tuple[int, list[str]]:
     """Train, killing one target after the other; returns how often the job was started and what was killed.
 
-    A moment comes soon after more than some number of categories have begun, `latest` at the most.
+    A moment comes soon after more than some number of categories have begun, `latest` at the most; `more` are further
+    options of the job.
     """
     starts, waiting = 0, [*targets]
     while True:
         starts += 1
-        command = [sys.executable, str(ROOT / "jobs/train_all.py"), *map(str, arguments(dataset, models))]
+        asked = [*arguments(dataset, models), "--only-missing", *more]
         run = subprocess.Popen(
-            [*command, "--only-missing"],
+            [sys.executable, str(ROOT / "jobs/train_all.py"), *map(str, asked)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
