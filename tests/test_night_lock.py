@@ -70,7 +70,8 @@ def test_the_lock_is_free_after_an_exception(results: Location) -> None:
 
 
 @pytest.mark.slow
-def test_a_night_that_lasts_longer_than_the_expiry_stays_held(results: Location) -> None:
+def test_a_night_that_lasts_longer_than_the_expiry_stays_held(seaweed_s3: Location) -> None:
+    results = seaweed_s3
     with hold_night(results, NIGHT, wait=False, expiry_s=6) as lock:
         first = _file(results).read_stored().version
         until = time.monotonic() + 10
@@ -84,7 +85,7 @@ def test_a_night_that_lasts_longer_than_the_expiry_stays_held(results: Location)
 
 def test_a_holder_whose_lock_was_taken_notices_and_leaves_the_others_lock(results: Location) -> None:
     losing = pytest.raises(LockLostError, match=NIGHT)
-    with losing, hold_night(results, NIGHT, wait=False, expiry_s=30) as lock:
+    with losing, hold_night(results, NIGHT, wait=False, expiry_s=15) as lock:
         _file(results).write_bytes(STALE)
         _wait_until_lost(lock, at_most_s=15)
         with pytest.raises(LockLostError):
@@ -100,7 +101,7 @@ def test_a_holder_that_ends_before_it_notices_leaves_the_others_lock(results: Lo
 
 def test_a_holder_whose_lock_was_removed_notices(results: Location) -> None:
     losing = pytest.raises(LockLostError, match=NIGHT)
-    with losing, hold_night(results, NIGHT, wait=False, expiry_s=30) as lock:
+    with losing, hold_night(results, NIGHT, wait=False, expiry_s=15) as lock:
         _file(results).remove()
         _wait_until_lost(lock, at_most_s=15)
 
