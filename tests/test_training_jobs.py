@@ -90,7 +90,7 @@ def test_selection_from_published_weights_keeps_the_best_network_where_other_cat
         for version, model in stored.items()
     }
     info = model_info(Location.parse(chosen), "gravel")
-    assert info.version == max(merits, key=lambda version: merits[version])
+    assert merits[info.version] == max(merits.values())
     assert info.provenance["initial_weights"] == str(tmp_path / "published.pt")
     assert info.provenance["training_images"] + info.provenance["held_out_images"] == 12
     assert {row["map_sigma"] for row in stored[info.version]["selection"]} == {1.0, 2.0}
