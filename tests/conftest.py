@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 torch.set_num_threads(1)
 
 LONGEST = ("test_jobs.py", "test_training_jobs.py", "test_cluster_jobs.py", "test_nights.py")
-"""Files of tests that take minutes, starting Ray again and again."""
+"""Files of tests that take minutes: real jobs on real Ray."""
 
 TINY = Config(
     preset="tiny",

@@ -46,10 +46,11 @@ class RayCluster:
 def one_node(folder: Path) -> Iterator[dict[str, str]]:
     """A node of one CPU for jobs that come one after the other: it starts once, they sooner. The environment in which they
     find it."""
-    (port,) = free_ports(1)
+    port, client, agent = free_ports(3)
     found = {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid4().hex}
     command = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=1", "--include-dashboard=false"]
-    command += ["--object-store-memory=200000000", f"--temp-dir={folder}", "--disable-usage-stats"]
+    command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats"]
+    command += ["--object-store-memory=200000000", f"--temp-dir={folder}"]
     with (folder / "node.log").open("wb") as log:
         process = subprocess.Popen(command, env=os.environ | found | {"RAY_ADDRESS": ""}, stdout=log, stderr=log)
         try:
@@ -138,8 +139,10 @@ def _kill_tree(pid: int) -> None:
         parent = psutil.Process(pid)
     except psutil.NoSuchProcess:
         return
-    for process in [*parent.children(recursive=True), parent]:
+    processes = [*parent.children(recursive=True), parent]
+    for process in processes:
         try:
             process.kill()
         except psutil.NoSuchProcess:
             continue
+    psutil.wait_procs(processes, timeout=10)  # they write to folders that are removed next

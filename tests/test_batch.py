@@ -253,7 +253,6 @@ def test_the_run_record_says_what_failed_what_was_not_scored_and_how_it_ended(pl
 
 
 def test_a_scored_shard_reports_its_bytes_and_failures(plan: BatchPlan, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [decode_shard(row, plan) for row in read(plan)]
     actor = ScoringActor(plan, ONE_THREAD)
     counted: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(actor, "_score", lambda row, failures: 1)
@@ -276,7 +275,7 @@ def test_a_scored_shard_reports_its_bytes_and_failures(plan: BatchPlan, monkeypa
         raise OSError("the disk is full")
 
     monkeypatch.setattr(actor, "_score", full)
-    refused = ShardOutcome(**actor(rows[0]))
+    refused = ShardOutcome(**actor(decode_shard(read(plan)[0], plan)))
     assert (refused.error, refused.scored, refused.bytes, refused.members) == ("the disk is full", 0, 0, 2)
     assert len(counted) == 3
 

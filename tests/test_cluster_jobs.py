@@ -77,14 +77,15 @@ def test_submitted_training_leaves_models_and_a_log(
 def test_two_workers_on_two_nodes_learn_as_one_does(
     trained: subprocess.CompletedProcess[str], cluster: RayCluster, bucket: Location
 ) -> None:
-    run = cluster.submit(*training(bucket, "pairs", "--categories", NAMES[0], "--workers-per-category", 2))
+    run = cluster.submit(*training(bucket, "pairs", "--workers-per-category", 2))
     assert run.returncode == 0, run.stdout + run.stderr
     assert "1 at once, 2 worker(s) each with 1 CPU(s)" in said(run)
-    (one,) = [each for each in (bucket / "models/_tensorboard").folders() if each.name.startswith(NAMES[0])]
-    alone, together = curves(one), curves(bucket / "pairs/_tensorboard" / one.name)
-    for loss in ("noise", "bound", "feature"):
-        assert together[loss] == pytest.approx(alone[loss], rel=0.02), loss
-        assert len(alone[loss]) == 4
+    for name in NAMES:
+        (one,) = [each for each in (bucket / "models/_tensorboard").folders() if each.name.startswith(name)]
+        alone, together = curves(one), curves(bucket / "pairs/_tensorboard" / one.name)
+        for loss in ("noise", "bound", "feature"):
+            assert together[loss] == pytest.approx(alone[loss], rel=0.02), loss
+            assert len(alone[loss]) == 4
 
 
 def test_submitted_scoring_leaves_a_row_for_every_image(

@@ -1,4 +1,5 @@
-"""The command lines as users run them: real Ray, real training of tiny models, real files and a real S3 endpoint."""
+"""The command lines as users run them: real Ray, real training of tiny models, real files; where a claim is about what is
+written and not about the job, the stages in this process."""
 
 from __future__ import annotations
 
@@ -20,26 +21,24 @@ from jobs.reconstruct import Options as Restoring
 from jobs.reconstruct import planned
 from jobs.score_archives import Options, plan_night
 from pipeline.model_store import model_info
-from pipeline.shard_restoring import RestoringActor
+from pipeline.shard_restoring import RestoringActor, earlier_restored, restored_shards
 from pipeline.shard_scoring import ScoringActor
 from pipeline.storage import Location
+from pipeline.totals import total
 from tests.job_runs import TEXTURES, TINY, job, rows, succeeded
 from tests.ray_cluster import one_node
 from tests.stages import ONE_THREAD, stream
 
 
 @pytest.fixture(scope="module")
-def ray_node() -> Iterator[None]:
-    """A Ray that runs already, in which the jobs of this file work."""
+def ray_node() -> Iterator[dict[str, str]]:
+    """A Ray that runs already: the environment of jobs that work in it."""
     # Sockets want short paths.
     with (
-        tempfile.TemporaryDirectory(prefix="ray-") as folder,
-        one_node(Path(folder)) as environment,
-        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
+        one_node(Path(folder)) as found,
     ):
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        yield
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +68,11 @@ class Scored(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def scored(ray_node: None, models: Path, night: Path, tmp_path_factory: pytest.TempPathFactory) -> Scored:
+def scored(ray_node: dict[str, str], models: Path, night: Path, tmp_path_factory: pytest.TempPathFactory) -> Scored:
     """The night as it is scored the first time. Whoever changes it comes last."""
     results = tmp_path_factory.mktemp("scored") / "results"
     arguments = ["--archives", night, "--models", models, "--results", results, "--night", "2026-01-31"]
-    return Scored(arguments, results, job("score_archives", *arguments))
+    return Scored(arguments, results, job("score_archives", *arguments, env=ray_node))
 
 
 @pytest.mark.slow
@@ -99,7 +98,11 @@ class TestScoring:
             np.testing.assert_allclose(one, found[1][key], rtol=2e-3, atol=2e-3)
 
     def test_every_image_is_scored_or_has_a_failures_row(
-        self, scored: Scored, night: Path, start: Callable[..., tuple[object, str, str]]
+        self,
+        ray_node: dict[str, str],
+        scored: Scored,
+        night: Path,
+        start: Callable[..., tuple[object, str, str]],
     ) -> None:
         arguments, results, first = scored
         assert first.returncode == 1, first.stdout + first.stderr
@@ -122,13 +125,13 @@ class TestScoring:
         assert record["counts"]["bytes"] == read + sum(f.stat().st_size for f in (night / "category=brick").iterdir())
         assert record["failures"] == {"truncated": 1, "not_an_image": 1, "empty_file": 1}
         assert (record["exit_status"], record["not_scored"]) == (1, [])
-        status, planned, _ = start("score_archives", *arguments, "--dry-run")
-        assert (status, planned.count(", 1 shards scored already")) == (0, 2)
+        status, told, _ = start("score_archives", *arguments, "--dry-run")
+        assert (status, told.count(", 1 shards scored already")) == (0, 2)
 
         # A compacted night is done as well.
         assert start("compact", "--results", results, "--nights", "2026-01-31")[0] == 0
         before = {path: path.read_bytes() for path in results.rglob("*.parquet")}
-        again = job("score_archives", *arguments)
+        again = job("score_archives", *arguments, env=ray_node)
         assert (again.returncode, "nothing to do" in again.stdout) == (1, True), "a bad night stays one"
         assert "brick: 18.2 % of the images failed" in again.stdout
         assert {path: path.read_bytes() for path in results.rglob("*.parquet")} == before
@@ -136,7 +139,7 @@ class TestScoring:
 
 @pytest.mark.slow
 def test_one_network_scores_the_textures_of_a_dtd_layout_by_restoration(
-    ray_node: None, dataset: Path, tmp_path: Path
+    ray_node: dict[str, str], dataset: Path, tmp_path: Path
 ) -> None:
     named = dict(zip(("Blotchy_099", "Fibrous_183"), TEXTURES, strict=True))
     for name, source in named.items():
@@ -155,7 +158,7 @@ def test_one_network_scores_the_textures_of_a_dtd_layout_by_restoration(
     settings = [*TINY, "features.input_size=null", "joint=true"]
     select = ["--select", "scoring.restoration.eta=[0,1]"]
     command = ["train_all", "--dataset", tmp_path / "dtd", "--models", models, "--preset", "texture"]
-    told = succeeded(job(*command, *settings, *select))
+    told = succeeded(job(*command, *settings, *select, env=ray_node))
     assert "(dtd), preset texture" in told
     assert "scoring.restoration.eta" in told.split("implanted defects")[0], "the choice is told"
     infos = [model_info(Location.parse(models), name) for name in named]
@@ -163,7 +166,7 @@ def test_one_network_scores_the_textures_of_a_dtd_layout_by_restoration(
     assert infos[0].version == infos[1].version
     report = tmp_path / "metrics.json"
     arguments = ["--dataset", tmp_path / "dtd", "--models", models, "--results", tmp_path / "results"]
-    assert "18 images in = 18 scored" in succeeded(job("evaluate", *arguments, "--json", report))
+    assert "18 images in = 18 scored" in succeeded(job("evaluate", *arguments, "--json", report, env=ray_node))
     for metrics in json.loads(report.read_text())["categories"].values():
         assert (metrics["images"], metrics["regions"] >= 5) == (9, True)
         assert metrics["pixel_auroc"] > 0.5
@@ -173,12 +176,16 @@ def test_one_network_scores_the_textures_of_a_dtd_layout_by_restoration(
 
 @pytest.mark.slow
 def test_archives_are_restored_once_and_what_cannot_be_is_named(
-    ray_node: None, models: Path, night: Path, tmp_path: Path, start: Callable[..., tuple[object, str, str]]
+    ray_node: dict[str, str],
+    models: Path,
+    night: Path,
+    tmp_path: Path,
+    start: Callable[..., tuple[object, str, str]],
 ) -> None:
     output = tmp_path / "restored"
     arguments = ["--images", night, "--models", models, "--output", output, "--shard-images", 6]
     command = ["reconstruct", *arguments, "--method", "conditioned", "--sheets", "--steps-strip"]
-    first = job(*command)
+    first = job(*command, env=ray_node)
     assert first.returncode == 1, first.stdout + first.stderr
     assert "21 images in = 18 restored" in first.stdout
     assert "3 failed" in first.stdout
@@ -199,8 +206,15 @@ def test_archives_are_restored_once_and_what_cannot_be_is_named(
         expected = np.abs(picture - tiles[0]).mean(-1).round()
         assert np.array_equal(np.asarray(Image.open(difference)), expected)
     assert any(np.asarray(Image.open(difference)).any() for difference in pictures["difference"])
-    status, planned, _ = start(*command, "--dry-run")
-    assert (status, planned.count(", 2 shards restored already")) == (0, 2)
+    status, told, _ = start(*command, "--dry-run")
+    assert (status, told.count(", 2 shards restored already")) == (0, 2)
+    options = Restoring(str(models), str(output), (str(night),), sheets=True, steps_strip=True, shard_images=6)
+    plan, settings = planned(options)
+    before = restored_shards(plan, settings)
+    again = stream(plan, RestoringActor(plan, ONE_THREAD, settings), before)
+    totals = total(again, len(plan.archives), earlier_restored(plan, settings, before))
+    assert (totals.skipped_shards, totals.shards, totals.scored) == (4, 0, 0)
+    assert not totals.fine(0.1), "what failed before is not forgotten"
 
 
 def test_sheets_of_a_labelled_data_set_show_its_masks(dataset: Path, models: Path, tmp_path: Path) -> None:
@@ -209,7 +223,7 @@ def test_sheets_of_a_labelled_data_set_show_its_masks(dataset: Path, models: Pat
     unreadable, *_ = sorted((data / "brick/ground_truth").rglob("*_mask.png"))
     unreadable.write_bytes(b"no image")
     plan, settings = planned(Restoring(str(models), str(output), dataset=str(data), sheets=True))
-    stream(plan, RestoringActor(plan, ONE_THREAD, settings))
+    assert total(stream(plan, RestoringActor(plan, ONE_THREAD, settings)), 1).fine(0.0)
     (record,) = [json.loads(path.read_text()) for path in output.glob("_shards/*/*.json")]
     assert len(record["restored"]) == 9
     assert len(record["masks_not_read"]) == 1
@@ -233,8 +247,8 @@ def test_sheets_of_a_labelled_data_set_show_its_masks(dataset: Path, models: Pat
 
 @pytest.mark.slow
 def test_the_demo_leaves_metrics_tables_and_a_picture(tmp_path: Path) -> None:
-    own = {"RAY_ADDRESS": "local", "RAY_OVERRIDE_RESOURCES": ""}  # as for a newcomer: a Ray of its own with every core
-    output = succeeded(job("demo", "--output", tmp_path / "demo", "--textures", "gravel", *TINY, env=own))
+    every_core = {"RAY_OVERRIDE_RESOURCES": ""}
+    output = succeeded(job("demo", "--output", tmp_path / "demo", "--textures", "gravel", *TINY, env=every_core))
     found = json.loads((tmp_path / "demo/metrics.json").read_text())
     assert set(found["categories"]) == {"gravel"}
     for metrics in found["categories"].values():

@@ -78,7 +78,7 @@ def stored_weights(job: TrainingJob, category: str = "cloth") -> bytes:
     return (model_info(job.models, category).location / "weights.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("folder", ["s3"], indirect=True)  # on a local disk real jobs are killed: test_training_jobs.py
+@pytest.mark.parametrize("folder", ["local", "s3"], indirect=True)
 def test_an_interrupted_training_ends_with_the_very_same_weights_and_curves(job: TrainingJob) -> None:
     calm = dataclasses.replace(job, models=job.models / "calm")
     run(calm)
