@@ -68,6 +68,7 @@ def test_bad_input(bad: BadInput, shard_images: int, corpus: Path) -> None:
     assert [shard.index for shard in shards] == list(range(len(shards)))
 
 
+@pytest.mark.slow
 def test_a_night_of_them_tells_every_bad_input_and_scores_every_good_image_beside_it(
     corpus: Path, models: Path, tmp_path: Path
 ) -> None:
