@@ -82,9 +82,8 @@ def study_category(
     info = scoring_model(models, category)
     calibration = load_scorer(info, device=device).calibration
     assert calibration is not None
-    feature = calibration.measure.feature
     kept = {
-        "covariance": "none" if feature is None else "place" if feature.by_place else "general",
+        "covariance": calibration.measure.covariance,
         "subtract_prediction": info.subtract_prediction,
         "context_weight": info.context_weight,
         "reach": info.reach,

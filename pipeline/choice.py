@@ -32,13 +32,13 @@ class Choice:
 
     scoring: ScoringConfig
     covariance: str
-    """none, general or place: what measured the features."""
+    """none, general, place or kind: what measured the features."""
     subtract_prediction: bool
     context_weight: float
     reach: int
     """Cells that a part may lie from its place."""
     turned: bool
-    """Whether the Gaussians of the features' places learned from turned photographs, too."""
+    """Whether the Gaussians of the features' places or kinds learned from turned photographs, too."""
     alpha: float
     top_pixels: int
     pixel_auroc: float
@@ -125,13 +125,12 @@ def judge(scorer: Scorer, candidate: Candidate, judged: Judged) -> list[Choice]:
                 metric.update(maps[family], masks[family])
             for top, values in zip(tops, top_means(combined.float(), tops), strict=True):
                 scores[alpha, top].append(values.cpu().numpy())
-    covariance = "none" if measure.feature is None else "place" if measure.feature.by_place else "general"
     found = {alpha: [metric.compute() for metric in metrics[alpha]] for alpha in alphas}
     anomalous = np.asarray(judged.masks.any(axis=(1, 2)))
     return [
         Choice(
             scoring=scoring,
-            covariance=covariance,
+            covariance=measure.covariance,
             subtract_prediction=measure.subtract_prediction,
             context_weight=measure.context_weight,
             reach=measure.reach,

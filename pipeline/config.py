@@ -150,10 +150,10 @@ class ScoringConfig(Section):
     prediction: Literal["subtract", "ignore", "select"] = "subtract"
     """What the feature branch measures: features minus the network's prediction, or minus those of the restored image
     (published), the features themselves, or whichever finds defects implanted in held-out normal images best."""
-    covariance: Literal["none", "general", "place", "select"] = "none"
+    covariance: Literal["none", "general", "place", "kind", "select"] = "none"
     """How the feature branch measures: as published (plain squares, or the cosine distance from restored features),
-    Mahalanobis distance under the Gaussian of normal images in general or at each place, or whichever finds defects implanted
-    in held-out normal images best."""
+    Mahalanobis distance under the Gaussian of normal images in general, at each place or of each kind of cell (only of features
+    as they are), or whichever finds defects implanted in held-out normal images best."""
     context_weight: float | None = Field(0.0, ge=0, le=1)
     """Weight in the feature branch of how far `features.context_stages` lie from the nearest of the kept normal cells;
     `features.stages` have the rest. null: each model takes the one that finds defects implanted in its held-out normal images
@@ -161,14 +161,18 @@ class ScoringConfig(Section):
     context_cells: int = Field(2000, ge=1, le=20_000)
     """Normal cells that are kept for that; at most half of those that the training photographs have."""
     place_dimensions: int = Field(100, ge=1)
-    """Random directions kept for the Gaussian of each place; memory grows with the square."""
+    """Random directions kept for the Gaussian of each place or kind; memory grows with the square."""
+    kinds: int = Field(0, ge=0, le=16_384)
+    """Kinds of cells that have a Gaussian of their own where `covariance` is "kind", or where it is "select" and they find
+    implanted defects best: for textures, and products that lie in any direction. 0: none."""
     place_reach: int | None = Field(0, ge=0, le=8)
     """Cells, rows plus columns, that a part may lie from where it usually does: features but for context are measured under the
     Gaussian of the place so near that expects them most; time and memory grow with the square. null: each model takes none or
     one, whichever finds defects implanted in its held-out normal images best."""
     place_turns: bool | None = False
-    """Whether Gaussians of places learn features as they are from photographs turned by quarter turns, too: for products that
-    lie in any direction. null: each model does where that finds defects implanted in its held-out normal images best."""
+    """Whether Gaussians of places and kinds learn features as they are from photographs turned by quarter turns, too: for
+    products that lie in any direction. null: each model does where that finds defects implanted in its held-out normal images
+    best."""
     map_sigma: float = Field(0.0, ge=0)
     """Gaussian smoothing of the final map, in map pixels."""
     map_size: int = Field(256, ge=16)
@@ -186,14 +190,21 @@ class ScoringConfig(Section):
         """Whether features are measured, or may be, by Gaussians of places."""
         return self.covariance in ("place", "select")
 
+    @property
+    def by_kind(self) -> bool:
+        """Whether features as they are are measured, or may be, by Gaussians of kinds of cells."""
+        return self.kinds > 0 and self.covariance in ("kind", "select") and self.prediction != "subtract"
+
     def named(self) -> dict[str, Any]:
         """What digests are taken of: without what these settings do not ask, and without the first method's name and no reach, so
         that models of releases that knew no other keep their digests."""
         unasked = {"noise": {"method", "restoration"}, "features": {"restoration"}}.get(self.method, set())
         if self.place_reach == 0 or not self.by_place:
             unasked |= {"place_reach"}
-        if self.place_turns is False or not self.by_place:
+        if self.place_turns is False or not (self.by_place or self.by_kind):
             unasked |= {"place_turns"}
+        if not self.by_kind:
+            unasked |= {"kinds"}
         if self.context_weight == 0:
             unasked |= {"context_cells"}
         return self.model_dump(mode="json", exclude=unasked)
@@ -251,10 +262,15 @@ class Config(Section):
             raise ValueError(
                 f'scoring.place_reach = {self.scoring.place_reach}: needs scoring.covariance "place" or "select"'
             )
-        if self.scoring.place_turns and not (self.scoring.by_place and self.scoring.prediction != "subtract"):
+        by_place_or_kind = self.scoring.by_place or self.scoring.by_kind
+        if self.scoring.place_turns and not (by_place_or_kind and self.scoring.prediction != "subtract"):
             raise ValueError(
-                'scoring.place_turns = True: needs scoring.covariance "place" or "select", and scoring.prediction other than '
-                '"subtract"'
+                'scoring.place_turns = True: needs scoring.covariance "place", "kind" or "select", and scoring.prediction other '
+                'than "subtract"'
+            )
+        if self.scoring.covariance == "kind" and not self.scoring.by_kind:
+            raise ValueError(
+                'scoring.covariance = "kind": needs scoring.kinds, and scoring.prediction other than "subtract"'
             )
         if self.scoring.context_weight and not self.features.context_stages:
             raise ValueError(f"scoring.context_weight = {self.scoring.context_weight}: needs features.context_stages")

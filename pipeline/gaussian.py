@@ -34,6 +34,11 @@ class NormalGaussian:
         """Whether every place has its own."""
         return len(self.whitening) > 1
 
+    @property
+    def covariance(self) -> str:
+        """Its name among settings."""
+        return "place" if self.by_place else "general"
+
     def distance(self, cells: Tensor, reach: int = 0) -> Tensor:
         """Squared Mahalanobis distance over d, (N, C, G, G) -> (N, G, G): about 1 for normal cells.
 
@@ -107,7 +112,7 @@ def general_gaussian(moments: Moments) -> NormalGaussian:
     eye = torch.eye(mean.shape[1], dtype=torch.float64, device=mean.device)
     variances = covariance[0].diagonal()
     ridge = (0.01 * variances).clamp(min=max(1e-6 * float(variances.mean()), 1e-12))
-    whitening = _inverse_factor(covariance + ridge * eye)
+    whitening = inverse_factor(covariance + ridge * eye)
     projection = eye.float() if moments.projection is None else moments.projection
     return NormalGaussian(projection, mean.float(), whitening.float())
 
@@ -131,7 +136,7 @@ def place_gaussians(moments: Moments) -> NormalGaussian:
     dimensions = mean.shape[1]
     shrinkage = dimensions / (dimensions + moments.count)
     eye = torch.eye(dimensions, device=mean.device)
-    whitening = _inverse_factor((1 - shrinkage) * covariance + shrinkage * eye)
+    whitening = inverse_factor((1 - shrinkage) * covariance + shrinkage * eye)
     return NormalGaussian(moments.projection, mean, whitening.half().float())
 
 
@@ -151,7 +156,7 @@ def fit_places(batches: Iterable[Tensor], general: NormalGaussian, dimensions: i
     return place_gaussians(moments)
 
 
-def _inverse_factor(covariance: Tensor) -> Tensor:
+def inverse_factor(covariance: Tensor) -> Tensor:
     """L^-1 with covariance = L L^T; positive definite (..., d, d)."""
     factor = torch.linalg.cholesky(covariance)
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from pipeline.config import ScoringConfig
 from pipeline.gaussian import Moments, NormalGaussian, general_gaussian, place_gaussians, place_projection
+from pipeline.kinds import KindGaussians, KindMoments, kind_gaussians
 from pipeline.nearest import NearestNormal, SampledCells, nearest_normal
 from pipeline.scoring import Evidence, Measure, Scorer
 
@@ -25,6 +27,18 @@ Vectors = Callable[[Evidence], list[Tensor]]
 """What Gaussians measure of an image's features: with the prediction subtracted, or not, or both."""
 
 
+class Learning(NamedTuple):
+    """Gaussians of features in the making."""
+
+    moments: Moments | KindMoments
+    subtracted: bool
+    """Whether of what the prediction leaves of the features."""
+
+    def gaussians(self) -> NormalGaussian | KindGaussians:
+        """What was learned so far."""
+        return kind_gaussians(self.moments) if isinstance(self.moments, KindMoments) else place_gaussians(self.moments)
+
+
 def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Measure]:
     """The measures that the config allows, taught by training photographs, uint8 (n, map_size, map_size, 3)."""
     scoring = scorer.config.scoring
@@ -36,21 +50,20 @@ def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Measure]:
         return [evidence.residuals if subtracted else evidence.features for subtracted in subtract]
 
     of_pixels, generals = _general_gaussians(scorer, training_nhwc, len(subtract), vectors)
-    by_place = generals if scoring.by_place else []
+    learning = _begun(scorer, training_nhwc, dict(zip(subtract, generals, strict=True)))
     with_context = bool(subtract and scorer.config.features.context_stages and scoring.context_weight != 0)
-    pixel, moments, context = _of_all_photographs(scorer, training_nhwc, of_pixels, by_place, with_context, vectors)
+    pixel, context = _of_all_photographs(scorer, training_nhwc, of_pixels, learning, with_context)
     if not subtract:
         return [Measure(pixel, None, True)]
     details = []
-    if scoring.covariance != "place":
+    if scoring.covariance in ("general", "select"):
         details += [Measure(pixel, *pair) for pair in zip(generals, subtract, strict=True)]
-    for sums, subtracted in zip(moments, subtract if scoring.by_place else [], strict=True):
-        turns = False if subtracted else scoring.place_turns
-        if turns is not True:
-            details.append(Measure(pixel, place_gaussians(sums), subtracted))
-        if turns is not False:
-            _add_turned(scorer, training_nhwc, sums)
-            details.append(Measure(pixel, place_gaussians(sums), subtracted, turned=True))
+    turning = [each for each in learning if not each.subtracted and scoring.place_turns is not False]
+    as_they_lie = [each for each in learning if scoring.place_turns is not True or each.subtracted]
+    details += [Measure(pixel, each.gaussians(), each.subtracted) for each in as_they_lie]
+    if turning:
+        _add_turned(scorer, training_nhwc, turning)
+        details += [Measure(pixel, each.gaussians(), each.subtracted, turned=True) for each in turning]
     return [mixed for measure in details for mixed in _mixtures(scoring, measure, context)]
 
 
@@ -78,46 +91,76 @@ def _general_gaussians(
     return general_gaussian(of_pixels) if of_pixels else None, [general_gaussian(moments) for moments in of_features]
 
 
+def _begun(scorer: Scorer, training_nhwc: np.ndarray, generals: Mapping[bool, NormalGaussian]) -> list[Learning]:
+    """The Gaussians by place and by kind that the config allows, whitened by those for all places; these by whether the
+    prediction is subtracted."""
+    scoring, seed = scorer.config.scoring, scorer.config.training.seed
+    projections = {
+        subtracted: place_projection(general, scoring.place_dimensions, seed)
+        for subtracted, general in generals.items()
+        if scoring.by_place or scoring.by_kind
+    }
+    begun = []
+    if scoring.by_place:
+        begun += [Learning(Moments(each, by_place=True), subtracted) for subtracted, each in projections.items()]
+    if scoring.by_kind:
+        samples = _kind_samples(scorer, training_nhwc)
+        moments = KindMoments(samples, scoring.kinds, generals[False], projections[False], seed)
+        begun.append(Learning(moments, False))
+    return begun
+
+
+def _kind_samples(scorer: Scorer, training_nhwc: np.ndarray) -> Tensor:
+    """(n, C): features of cells that kinds are told from, of some photographs in every direction that may count."""
+    directions = 1 if scorer.config.scoring.place_turns is False else TURNS
+    some = training_nhwc[:: max(1, len(training_nhwc) // GENERAL_IMAGES)]
+    sampled = SampledCells(directions * len(some), scorer.config.training.seed)
+    for turn in range(directions):
+        for features in _features_of(scorer, np.rot90(some, turn, axes=(1, 2))):
+            sampled.add(features)
+    return sampled.samples().flatten(0, 1)
+
+
 def _of_all_photographs(
     scorer: Scorer,
     training_nhwc: np.ndarray,
     of_pixels: NormalGaussian | None,
-    of_features: Sequence[NormalGaussian],
+    learning: Sequence[Learning],
     with_context: bool,
-    vectors: Vectors,
-) -> tuple[NormalGaussian | None, list[Moments], NearestNormal | None]:
-    """What takes all photographs: the pixel branch's Gaussian for each place and the sums for those of features, both whitened by
-    the given ones for all places, and the cells that are kept of the context."""
-    scoring, seed = scorer.config.scoring, scorer.config.training.seed
-    if of_pixels is None and not of_features and not with_context:
-        return None, [], None
+) -> tuple[NormalGaussian | None, NearestNormal | None]:
+    """What takes all photographs: the pixel branch's Gaussian for each place, whitened by the given one for all places, and the
+    cells that are kept of the context; Gaussians of features learn on the way."""
+    if of_pixels is None and not learning and not with_context:
+        return None, None
     pixels = Moments(of_pixels.whitening[0], by_place=True) if of_pixels else None
-    features = [
-        Moments(place_projection(gaussian, scoring.place_dimensions, seed), by_place=True) for gaussian in of_features
-    ]
-    sampled = SampledCells(len(training_nhwc), seed) if with_context else None
+    sampled = SampledCells(len(training_nhwc), scorer.config.training.seed) if with_context else None
     for evidence in evidence_of(scorer, training_nhwc):
         if pixels is not None:
             pixels.add(evidence.denoising)
-        for moments, cells in zip(features, vectors(evidence) if features else [], strict=True):
-            moments.add(cells)
+        for moments, subtracted in learning:
+            moments.add(evidence.residuals if subtracted else evidence.features)
         if sampled is not None:
             assert evidence.context is not None, "an extractor with context stages"
             sampled.add(evidence.context)
     return (
         place_gaussians(pixels) if pixels else None,
-        features,
         _context(scorer, sampled.samples()) if sampled else None,
     )
 
 
-def _add_turned(scorer: Scorer, training_nhwc: np.ndarray, of_features: Moments) -> None:
+def _add_turned(scorer: Scorer, training_nhwc: np.ndarray, learning: Sequence[Learning]) -> None:
     """Take the features of photographs in the other directions into account."""
-    batch = scorer.config.scoring.batch_size
     for turn in range(1, TURNS):
-        turned = np.rot90(training_nhwc, turn, axes=(1, 2))
-        for start in range(0, len(turned), batch):
-            of_features.add(scorer.features(turned[start : start + batch]))
+        for features in _features_of(scorer, np.rot90(training_nhwc, turn, axes=(1, 2))):
+            for moments, _ in learning:
+                moments.add(features)
+
+
+def _features_of(scorer: Scorer, images_nhwc: np.ndarray) -> Iterator[Tensor]:
+    """Their features as they are, batch by batch."""
+    batch = scorer.config.scoring.batch_size
+    for start in range(0, len(images_nhwc), batch):
+        yield scorer.features(images_nhwc[start : start + batch])
 
 
 def _context(scorer: Scorer, samples: Tensor) -> NearestNormal:
@@ -128,9 +171,8 @@ def _context(scorer: Scorer, samples: Tensor) -> NearestNormal:
 
 def _mixtures(scoring: ScoringConfig, details: Measure, context: NearestNormal | None) -> list[Measure]:
     """The measure with each reach and weight of the context that the config allows."""
-    assert details.feature is not None
     reaches: Sequence[int] = (0,)
-    if details.feature.by_place:
+    if details.covariance == "place":
         reaches = REACHES if scoring.place_reach is None else (scoring.place_reach,)
     weights: Sequence[float] = (0.0,)
     if context is not None:

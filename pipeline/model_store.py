@@ -24,12 +24,14 @@ from pipeline.errors import UserError
 from pipeline.storage import Location
 from pipeline.storage_checks import require_exists
 
-FORMAT = 7
+FORMAT = 8
 """Version of the files' layout; a reader refuses a higher one."""
 CONTEXT_APART = 6
 """The first format whose networks do not predict context, and whose kept cells are the extractor's own."""
 FOLDED = 7
 """The first format whose extractors have their batch norms folded, and round their features so."""
+KINDS = 8
+"""The first format whose features may be measured by Gaussians of kinds of cells."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from pipeline.denoiser import Denoiser
 from pipeline.errors import UserError
 from pipeline.features import FeatureExtractor, stage_channels
 from pipeline.gaussian import NormalGaussian
-from pipeline.model_store import FOLDED, FORMAT, ModelInfo
+from pipeline.kinds import KindGaussians
+from pipeline.model_store import FOLDED, KINDS, ModelInfo
 from pipeline.nearest import NearestNormal
 from pipeline.scoring import Calibration, Measure, Scorer
 from pipeline.storage import Location
@@ -50,7 +51,7 @@ def save_model(
         gaussian = getattr(measure, branch)
         if gaussian is not None:
             tensors |= {f"{branch}_gaussian.{name}": tensor for name, tensor in asdict(gaussian).items()}
-            if gaussian.by_place:  # rounded to this when fitted; the largest part of a model
+            if len(gaussian.whitening) > 1:  # rounded to this when fitted; the largest part of a model
                 tensors[f"{branch}_gaussian.whitening"] = gaussian.whitening.half()
     if measure.context is not None:
         tensors |= {f"context.{name}": tensor for name, tensor in asdict(measure.context).items()}
@@ -58,7 +59,7 @@ def save_model(
     (folder / "weights.safetensors").write_bytes(save_tensors(plain))
     (folder / "model.json").write_json(
         {
-            "format": FORMAT if scorer.extractor.folded else FOLDED - 1,
+            "format": _format(scorer),
             "category": category,
             "version": version,
             "config": scorer.config.model_dump(mode="json"),
@@ -76,6 +77,13 @@ def save_model(
     return folder
 
 
+def _format(scorer: Scorer) -> int:
+    """The first whose readers can make of the model what it is."""
+    assert scorer.calibration is not None
+    folded = FOLDED if scorer.extractor.folded else FOLDED - 1
+    return max(KINDS, folded) if scorer.calibration.measure.covariance == "kind" else folded
+
+
 def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Scorer:
     """A stored model ready to score; not an outdated one. Raises UserError when its weights do not fit its config."""
     assert not info.outdated
@@ -83,10 +91,7 @@ def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Score
         tensors = _tensors(info, device)
         extractor = FeatureExtractor.of(info.config.features, context=info.context_weight > 0, folded=info.folded)
         parts = {branch: _under(f"{branch}_gaussian.", tensors) for branch in _GAUSSIANS}
-        gaussians = {
-            branch: NormalGaussian(**{name: tensor.float() for name, tensor in part.items()}) if part else None
-            for branch, part in parts.items()
-        }
+        gaussians: dict[str, Any] = {branch: _gaussian(part) if part else None for branch, part in parts.items()}
         context = {name: tensor.float() for name, tensor in _under("context.", tensors).items()}
         measure = Measure(
             subtract_prediction=info.subtract_prediction,
@@ -147,6 +152,11 @@ def _denoiser(info: ModelInfo, config: Config, tensors: dict[str, Tensor], extra
     denoiser = Denoiser(config, extractor.channels, len(info.classes) if info.classes else None)
     denoiser.load_state_dict(_under("denoiser.", tensors))
     return denoiser
+
+
+def _gaussian(tensors: Mapping[str, Tensor]) -> NormalGaussian | KindGaussians:
+    found = {name: tensor.float() for name, tensor in tensors.items()}
+    return KindGaussians(**found) if "centres" in found else NormalGaussian(**found)
 
 
 def _label(info: ModelInfo) -> int | None:

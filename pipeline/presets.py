@@ -44,6 +44,7 @@ STUDIED_SCORING = ScoringConfig(
     covariance="select",
     place_reach=None,
     place_turns=None,
+    kinds=512,
     context_weight=None,
     map_sigma=2.0,
     top_pixels=None,

@@ -17,6 +17,7 @@ from pipeline.evidence import Evidence, evidence_source
 from pipeline.features import FeatureExtractor, resize_features
 from pipeline.gaussian import NormalGaussian
 from pipeline.images import to_unit_range
+from pipeline.kinds import KindGaussians
 from pipeline.nearest import NearestNormal
 from pipeline.rounding import rounded_once
 from pipeline.smoothing import gaussian_blur
@@ -25,8 +26,8 @@ Distance = Callable[..., Tensor]
 """As `distance_from`."""
 
 
-def distance_from(normal: NormalGaussian | NearestNormal, cells: Tensor, *reach: int) -> Tensor:
-    """How far cells (N, C, G, G) lie from what is normal: (N, G, G). reach: as a Gaussian takes it."""
+def distance_from(normal: NormalGaussian | KindGaussians | NearestNormal, cells: Tensor, *reach: int) -> Tensor:
+    """How far cells (N, C, G, G) lie from what is normal: (N, G, G). reach: as Gaussians of places take it."""
     return normal.distance(cells, *reach)
 
 
@@ -35,7 +36,7 @@ class Measure(NamedTuple):
 
     pixel: NormalGaussian | None
     """Measures `Evidence.denoising`; None takes `Evidence.pixel`, as published."""
-    feature: NormalGaussian | None
+    feature: NormalGaussian | KindGaussians | None
     """Measures residuals or features; None takes `Evidence.feature`, as published."""
     subtract_prediction: bool
     """Whether `feature` measures residuals rather than features."""
@@ -48,6 +49,11 @@ class Measure(NamedTuple):
     turned: bool = False
     """Whether `feature` learned from turned photographs, too."""
 
+    @property
+    def covariance(self) -> str:
+        """What measures features: none, general, place or kind."""
+        return "none" if self.feature is None else self.feature.covariance
+
     def of_features(self, vectors: Tensor, context: Tensor | None, distance: Distance = distance_from) -> Tensor:
         """How far features lie from normal ones: (N, G, G), where there is a Gaussian of them.
 
@@ -55,7 +61,7 @@ class Measure(NamedTuple):
         distance: `distance_from`, or one that remembers what it found.
         """
         assert self.feature is not None
-        found = distance(self.feature, vectors, self.reach)
+        found = distance(self.feature, vectors, *([self.reach] if self.reach else []))
         if self.context is None:
             return found
         assert context is not None, "an extractor with context stages"

@@ -134,13 +134,25 @@ def test_a_stricter_false_alarm_rate_raises_both_thresholds(calibrated):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"covariance": "none"}, [(None, None, True)]),
-        ({"covariance": "none", "pixel": "gaussian"}, [(True, None, True)]),
-        ({"covariance": "general", "prediction": "ignore"}, [(None, False, False)]),
-        ({"covariance": "place", "pixel": "gaussian"}, [(True, True, True)]),
+        ({"covariance": "none"}, [(None, "none", True)]),
+        ({"covariance": "none", "pixel": "gaussian"}, [(True, "none", True)]),
+        ({"covariance": "general", "prediction": "ignore"}, [(None, "general", False)]),
+        ({"covariance": "place", "pixel": "gaussian"}, [(True, "place", True)]),
         (
             {"covariance": "select", "prediction": "select"},
-            [(None, False, True), (None, False, False), (None, True, True), (None, True, False)],
+            [(None, "general", True), (None, "general", False), (None, "place", True), (None, "place", False)],
+        ),
+        ({"covariance": "kind", "prediction": "ignore", "kinds": 9}, [(None, "kind", False)]),
+        (
+            {"covariance": "select", "prediction": "select", "kinds": 9},
+            [
+                *[(None, "general", True), (None, "general", False), (None, "place", True), (None, "place", False)],
+                (None, "kind", False),
+            ],
+        ),
+        (
+            {"covariance": "select", "prediction": "subtract", "kinds": 9},
+            [(None, "general", True), (None, "place", True)],
         ),
     ],
 )
@@ -148,12 +160,14 @@ def test_settings_allow_these_measures(fitted, variant, photographs, settings, e
     denoiser = fitted.result()
     denoiser.config = variant(scoring=settings | {"place_dimensions": 7})
     measures = fit_measures(Scorer(denoiser, fitted.extractor), photographs)
-    found = [(m.pixel and m.pixel.by_place, m.feature and m.feature.by_place, m.subtract_prediction) for m in measures]
+    found = [(m.pixel and m.pixel.by_place, m.covariance, m.subtract_prediction) for m in measures]
     assert found == expected
     for measure in measures:
         assert measure.context is None
         if measure.feature is not None:
-            assert measure.feature.mean.shape == ((64, 7) if measure.feature.by_place else (1, 40))
+            assert (
+                measure.feature.mean.shape == {"general": (1, 40), "place": (64, 7), "kind": (9, 7)}[measure.covariance]
+            )
 
 
 @pytest.mark.parametrize(("place_reach", "expected"), [(None, [0, 1, 0]), (2, [2, 0])])
@@ -171,28 +185,33 @@ def test_places_may_reach_and_the_general_gaussian_has_none(fitted, variant, pho
         torch.testing.assert_close(found, measure.feature.distance(evidence.residuals, measure.reach))
 
 
-def test_gaussians_of_places_learn_features_from_photographs_in_four_directions(fitted, variant, photographs):
+def test_gaussians_of_places_and_kinds_learn_features_from_photographs_in_four_directions(fitted, variant, photographs):
     denoiser = fitted.result()
-    settings = {"covariance": "select", "prediction": "select", "pixel": "gaussian", "place_dimensions": 7}
+    settings = {"covariance": "select", "prediction": "select", "pixel": "gaussian", "place_dimensions": 7, "kinds": 5}
 
     def measures(place_turns):
         denoiser.config = variant(scoring=settings | {"place_turns": place_turns})
         found = fit_measures(Scorer(denoiser, fitted.extractor), photographs)
-        return {(m.subtract_prediction, m.feature.by_place, m.turned): m for m in found}
+        return {(m.subtract_prediction, m.covariance, m.turned): m for m in found}
 
     plain, turned, both = measures(False), measures(True), measures(None)
-    own, new = (False, True, False), (False, True, True)
-    assert both.keys() == plain.keys() | {new}
-    assert turned.keys() == both.keys() - {own}
+    own, new = ({(False, covariance, turns) for covariance in ("place", "kind")} for turns in (False, True))
+    assert both.keys() == plain.keys() | new
+    assert turned.keys() == both.keys() - own
     for found in (plain, turned):
         for key, measure in found.items():
             assert torch.equal(measure.pixel.whitening, both[key].pixel.whitening)
-            assert torch.equal(measure.feature.whitening, both[key].feature.whitening)
+            if key != (False, "kind", False):  # whose kinds are told from other cells where it is the only one
+                assert torch.equal(measure.feature.whitening, both[key].feature.whitening)
     scorer = Scorer(denoiser, fitted.extractor)
     for turn in range(4):
         features = scorer.evidence(np.rot90(photographs[:4], turn, axes=(1, 2))).features
-        assert both[new].feature.distance(features).mean() < 1.3
-        assert (both[own].feature.distance(features).mean() > 1.5) == (turn in (1, 3)), "stripes turn by 180"
+        for covariance in ("place", "kind"):
+            distances = [
+                both[False, covariance, turns].feature.distance(features).mean().item() for turns in (False, True)
+            ]
+            assert distances[1] < 1.3
+            assert (distances[0] > 1.5) == (turn in (1, 3)), "stripes turn by 180"
 
 
 def test_features_without_the_network_are_those_of_the_evidence(scorer, fresh):

@@ -163,11 +163,14 @@ def test_ways_of_scoring_have_their_own_pixel_branches():
         ("fast", "scoring.restoration.eta=0", 'only scoring.method = "restoration" looks at it'),
         ("demo", "scoring.place_reach=1", 'needs scoring.covariance "place" or "select"'),
         ("gaussian", "scoring.place_reach=9", "less than or equal to 8"),
-        ("demo", "scoring.place_turns=true", 'needs scoring.covariance "place" or "select"'),
+        ("demo", "scoring.place_turns=true", 'needs scoring.covariance "place", "kind" or "select"'),
+        ("fast", "scoring.place_turns=true scoring.prediction=subtract", 'scoring.prediction other than "subtract"'),
+        ("texture", "scoring.covariance=kind", "needs scoring.kinds"),
+        ("fast", "scoring.covariance=kind scoring.prediction=subtract", 'scoring.prediction other than "subtract"'),
         ("gaussian", "scoring.prediction=subtract", 'and scoring.prediction = "ignore"'),
     ):
         with pytest.raises(UserError, match=told):
-            load_config(preset, [override])
+            load_config(preset, override.split())
 
 
 def test_digests_leave_out_what_a_way_of_scoring_does_not_look_at():
@@ -176,9 +179,10 @@ def test_digests_leave_out_what_a_way_of_scoring_does_not_look_at():
     assert texture.digest() != load_config("texture", ["scoring.place_reach=1"]).digest()
     then = ["training.feature_weight=1", "features.context_stages=[4]"]
     general = [*then, "scoring.covariance=general", "scoring.context_weight=0"]
-    for unasked in ("scoring.place_reach=0", "scoring.place_turns=false", "scoring.context_cells=7"):
+    for unasked in ("scoring.place_reach=0", "scoring.place_turns=false", "scoring.context_cells=7", "scoring.kinds=7"):
         assert load_config("fast", [*general, unasked]).digest() == "83699213ea31"
-    assert load_config("fast").digest() != load_config("fast", ["scoring.context_cells=7"]).digest()
+    for asked in ("scoring.context_cells=7", "scoring.kinds=7", "scoring.kinds=0"):
+        assert load_config("fast").digest() != load_config("fast", [asked]).digest()
     assert texture.digest() != load_config("texture", ["scoring.restoration.weight=1"]).digest()
     stored = texture.model_copy(update={"training": texture.training.model_copy(update={"max_timestep": 100})})
     assert Config.model_validate_json(stored.model_dump_json()) == stored, "what is stored stays readable"

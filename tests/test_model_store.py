@@ -107,6 +107,22 @@ def test_context_reach_and_turns_come_back(models, calibrated, fresh):
     np.testing.assert_array_equal(load_scorer(info).score(fresh).maps, scorer.score(fresh).maps)
 
 
+def test_gaussians_of_kinds_come_back_and_earlier_releases_refuse_them(models, stored, calibrated, fresh):
+    by_kind = {"covariance": "kind", "prediction": "ignore", "kinds": 9, "place_dimensions": 7, "place_turns": True}
+    scorer = calibrated(scoring=by_kind | {"alpha": 0.2})
+    folder = as_path(save_model(models, "cloth", "v1", scorer, None, {}))
+    publish(models, "cloth", "v1")
+    info = model_info(models, "cloth")
+    loaded = load_scorer(info)
+    assert (info.turned, loaded.calibration.measure.covariance) == (True, "kind")
+    np.testing.assert_array_equal(loaded.score(fresh).maps, scorer.score(fresh).maps)
+    formats = [json.loads((path / "model.json").read_text())["format"] for path in (stored, folder)]
+    assert formats == [7, 8], "others stay readable"
+    rewrite(folder / "model.json", format=9)
+    with pytest.raises(UserError, match="newer"):
+        model_info(models, "cloth")
+
+
 def test_models_of_releases_that_knew_no_reach_have_none(models, stored, scorer, fresh):
     text = json.loads((stored / "model.json").read_text())
     del text["reach"], text["config"]["scoring"]["place_reach"]
