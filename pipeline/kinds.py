@@ -20,7 +20,9 @@ FINDING = 64
 """Directions in which kinds are told apart, at most."""
 ALIKE = 10
 """Neighbouring cells see nearly the same: as many tell a Gaussian as much as one that lies apart."""
-ROUNDS = 12
+CANDIDATES = 100_000
+"""Cells of normal photographs that kinds are told from."""
+ROUNDS = 25
 """Of Lloyd's algorithm."""
 GROUP = 32
 """Cells of one product. Fixed, so that what a cell is told does not depend on how many others are of its kind."""

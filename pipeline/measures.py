@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.config import ScoringConfig
 from pipeline.gaussian import Moments, NormalGaussian, general_gaussian, place_gaussians, place_projection
-from pipeline.kinds import KindGaussians, KindMoments, kind_gaussians
+from pipeline.kinds import CANDIDATES, KindGaussians, KindMoments, kind_gaussians
 from pipeline.nearest import NearestNormal, SampledCells, nearest_normal
 from pipeline.scoring import Evidence, Measure, Scorer
 
@@ -114,7 +114,7 @@ def _kind_samples(scorer: Scorer, training_nhwc: np.ndarray) -> Tensor:
     """(n, C): features of cells that kinds are told from, of some photographs in every direction that may count."""
     directions = 1 if scorer.config.scoring.place_turns is False else TURNS
     some = training_nhwc[:: max(1, len(training_nhwc) // GENERAL_IMAGES)]
-    sampled = SampledCells(directions * len(some), scorer.config.training.seed)
+    sampled = SampledCells(directions * len(some), scorer.config.training.seed, count=CANDIDATES)
     for turn in range(directions):
         for features in _features_of(scorer, np.rot90(some, turn, axes=(1, 2))):
             sampled.add(features)

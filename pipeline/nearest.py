@@ -45,8 +45,8 @@ def nearest_distance(rows: Tensor, kept: Tensor) -> Tensor:
 class SampledCells:
     """Cells of normal photographs, as many of each, drawn at random: what is worth keeping is chosen from them."""
 
-    def __init__(self, photographs: int, seed: int) -> None:
-        self.of_each = max(1, CANDIDATES // photographs)
+    def __init__(self, photographs: int, seed: int, *, count: int = CANDIDATES) -> None:
+        self.of_each = max(1, count // photographs)
         self.generator = torch.Generator().manual_seed(seed)
         self.drawn: list[Tensor] = []
 
