@@ -162,9 +162,9 @@ class ScoringConfig(Section):
     """Normal cells that are kept for that; at most half of those that the training photographs have."""
     place_dimensions: int = Field(100, ge=1)
     """Random directions kept for the Gaussian of each place or kind; memory grows with the square."""
-    kinds: int = Field(0, ge=0, le=16_384)
+    kinds: int = Field(0, ge=0, le=4096)
     """Kinds of cells that have a Gaussian of their own where `covariance` is "kind", or where it is "select" and they find
-    implanted defects best: for textures, and products that lie in any direction. 0: none."""
+    implanted defects best: for textures, and products that lie in any direction. Memory grows with it. 0: none."""
     place_reach: int | None = Field(0, ge=0, le=8)
     """Cells, rows plus columns, that a part may lie from where it usually does: features but for context are measured under the
     Gaussian of the place so near that expects them most; time and memory grow with the square. null: each model takes none or
@@ -193,7 +193,9 @@ class ScoringConfig(Section):
     @property
     def by_kind(self) -> bool:
         """Whether features as they are are measured, or may be, by Gaussians of kinds of cells."""
-        return self.kinds > 0 and self.covariance in ("kind", "select") and self.prediction != "subtract"
+        return self.covariance == "kind" or (
+            self.covariance == "select" and self.kinds > 0 and self.prediction != "subtract"
+        )
 
     def named(self) -> dict[str, Any]:
         """What digests are taken of: without what these settings do not ask, and without the first method's name and no reach, so
@@ -268,10 +270,8 @@ class Config(Section):
                 'scoring.place_turns = True: needs scoring.covariance "place", "kind" or "select", and scoring.prediction other '
                 'than "subtract"'
             )
-        if self.scoring.covariance == "kind" and not self.scoring.by_kind:
-            raise ValueError(
-                'scoring.covariance = "kind": needs scoring.kinds, and scoring.prediction other than "subtract"'
-            )
+        if self.scoring.covariance == "kind" and not (self.scoring.kinds and self.scoring.prediction == "ignore"):
+            raise ValueError('scoring.covariance = "kind": needs scoring.kinds, and scoring.prediction = "ignore"')
         if self.scoring.context_weight and not self.features.context_stages:
             raise ValueError(f"scoring.context_weight = {self.scoring.context_weight}: needs features.context_stages")
         if max(self.scoring.timesteps) >= self.scoring.respaced_steps:

@@ -1,7 +1,7 @@
 """Gaussians of what normal photographs show: how far a vector at a cell lies from it, in general or at its place.
 
 The general one is shared by all places, which suits textures. The one of each place is PaDiM's (Defard et al. 2021), which
-suits products that always lie alike; its covariance is shrunk towards the general one.
+suits products that always lie alike; its covariance is shrunk towards the general one. Between the two: kinds.py.
 """
 
 from __future__ import annotations

@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.gaussian import NormalGaussian, inverse_factor
+from pipeline.gaussian import inverse_factor
 
 ASKED = 2
 """Kinds that answer for a cell, those with the nearest centres: which it is of is not always plain."""
 FINDING = 64
 """Directions in which kinds are told apart, at most."""
-ALIKE = 10
-"""Neighbouring cells see nearly the same: as many tell a Gaussian as much as one that lies apart."""
 CANDIDATES = 100_000
 """Cells of normal photographs that kinds are told from."""
+LEAST_VARIANCE = 1e-3
+"""Of white space, added to every kind in all directions: what hardly varies in the photographs at hand may elsewhere."""
 ROUNDS = 25
 """Of Lloyd's algorithm."""
 GROUP = 32
@@ -30,7 +30,7 @@ GROUP = 32
 
 @dataclass(frozen=True, eq=False)
 class KindGaussians:
-    """A Gaussian for each of K kinds of cells; float32 on one device."""
+    """A Gaussian for each of K kinds of cells; float32 on one device, about K d d numbers."""
 
     finding: Tensor
     """(c, C): applied to vectors before they are compared with centres."""
@@ -96,47 +96,55 @@ class Grouped:
 class KindMoments:
     """Running sums of the projected vectors of every kind: constant memory however many images."""
 
-    def __init__(self, samples: Tensor, count: int, general: NormalGaussian, projection: Tensor, seed: int) -> None:
-        """samples: vectors (n, C) that tell at most `count` kinds; projection: as `place_projection` gives it of `general`."""
+    def __init__(self, samples: Tensor, count: int, projection: Tensor, seed: int) -> None:
+        """samples: vectors (n, C) that tell at most `count` kinds; projection (d, C): as `place_projection` gives it."""
         self.finding = halfway_white(samples)
-        self.centres = kind_centres(samples @ self.finding.T, count, seed)
+        found = samples @ self.finding.T
+        self.centres = kind_centres(found, count, seed)
         self.projection = projection
-        self.offset = projection @ general.mean[0]
-        """Far from the origin sums of squares would tell little of small variances."""
-        dimensions = len(projection)
-        self.count = samples.new_zeros(len(self.centres))
-        self.total = samples.new_zeros(len(self.centres), dimensions)
-        self.outer = samples.new_zeros(len(self.centres), dimensions, dimensions)
+        kinds, dimensions = len(self.centres), len(projection)
+        sums = samples.new_zeros(kinds, dimensions).index_add_(0, own := self._of(found), samples @ projection.T)
+        self.origins = sums / torch.bincount(own, minlength=kinds).clamp(min=1)[:, None]
+        """(K, d): about the means. Sums of squares about anything far away would tell little of small variances."""
+        self.count = samples.new_zeros(kinds, dtype=torch.float64)
+        self.total = samples.new_zeros(kinds, dimensions, dtype=torch.float64)
+        self.outer = samples.new_zeros(kinds, dimensions, dimensions)
 
     def add(self, cells: Tensor) -> None:
         """Take (N, C, G, G) into account."""
         rows = cells.permute(0, 2, 3, 1).flatten(0, 2)
-        kinds = nearest_kinds(rows @ self.finding.T, self.centres, 1)[:, 0]
-        projected = F.linear(rows, self.projection, -self.offset)
-        self.count.index_add_(0, kinds, torch.ones_like(kinds, dtype=self.count.dtype))
-        self.total.index_add_(0, kinds, projected)
+        kinds = self._of(rows @ self.finding.T)
+        centred = F.linear(rows, self.projection) - self.origins[kinds]
+        self.count += torch.bincount(kinds, minlength=len(self.count))
+        self.total.index_add_(0, kinds, centred.double())
         groups = Grouped.by(kinds, len(self.centres))
-        together = groups.side_by_side(projected)
+        together = groups.side_by_side(centred)
         self.outer.index_add_(0, groups.kinds, torch.bmm(together.mT, together))
+
+    def _of(self, found: Tensor) -> Tensor:
+        return nearest_kinds(found, self.centres, 1)[:, 0]
 
 
 def kind_gaussians(moments: KindMoments) -> KindGaussians:
-    """A Gaussian for every kind from moments of whitened vectors.
+    """A Gaussian for every kind that was seen, from moments of whitened vectors.
 
-    The covariance of d dimensions from n cells is shrunk by d / (d + n / ALIKE) towards that within kinds in general.
-    Rounded to float16, the precision that models keep of these many numbers.
+    The covariance of d dimensions from n cells is shrunk towards that within kinds in general by d / (d + n): the fewer, the
+    more. Rounded to float16, the precision that models keep of these many numbers.
     """
-    dimensions = len(moments.projection)
-    count = moments.count.clamp(min=1)[:, None, None]
-    mean = moments.total / count[..., 0]
-    scatter = moments.outer - count * mean[:, :, None] * mean[:, None, :]
-    within = scatter.sum(0) / moments.count.sum()
-    eye = torch.eye(dimensions, device=within.device)
-    within = within + 1e-3 * eye  # of whitened space, so that alike photographs leave some deviation
-    shrinkage = dimensions / (dimensions + count / ALIKE)
-    whitening = inverse_factor((1 - shrinkage) * scatter / count + shrinkage * within)
+    seen, dimensions = moments.count > 0, len(moments.projection)
+    count = moments.count[seen].float()[:, None, None]
+    mean = (moments.total[seen] / moments.count[seen, None]).float()
+    scatter = moments.outer[seen] - count * mean[:, :, None] * mean[:, None, :]
+    within = scatter.sum(0) / count.sum()
+    shrinkage = dimensions / (dimensions + count)
+    least = LEAST_VARIANCE * torch.eye(dimensions, device=mean.device)
+    whitening = inverse_factor((1 - shrinkage) * scatter / count + shrinkage * within + least)
     return KindGaussians(
-        moments.finding, moments.centres, moments.projection, mean + moments.offset, whitening.half().float()
+        moments.finding,
+        moments.centres[seen],
+        moments.projection,
+        moments.origins[seen] + mean,
+        whitening.half().float(),
     )
 
 
@@ -151,7 +159,8 @@ def halfway_white(samples: Tensor) -> Tensor:
 def kind_centres(found: Tensor, count: int, seed: int) -> Tensor:
     """Lloyd 1982: means (K, c) of at most `count` kinds of the vectors (n, c), where each is of the kind of the nearest mean."""
     generator = torch.Generator().manual_seed(seed)
-    centres = found[torch.randperm(len(found), generator=generator)[:count].to(found.device)]
+    distinct = torch.unique(found, dim=0)  # an empty background has many cells and is one kind
+    centres = distinct[torch.randperm(len(distinct), generator=generator)[:count].to(found.device)]
     for _ in range(ROUNDS):
         kinds = torch.cat([nearest_kinds(part, centres, 1)[:, 0] for part in found.split(4096)])
         sizes = torch.zeros_like(centres[:, 0]).index_add_(0, kinds, torch.ones_like(found[:, 0]))

@@ -33,6 +33,10 @@ class Learning(NamedTuple):
     moments: Moments | KindMoments
     subtracted: bool
     """Whether of what the prediction leaves of the features."""
+    lying: bool
+    """Whether they are a measure as taught by photographs as these lie."""
+    turned: bool
+    """Whether they are one, perhaps another, as taught by turned photographs, too."""
 
     def gaussians(self) -> NormalGaussian | KindGaussians:
         """What was learned so far."""
@@ -58,12 +62,10 @@ def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Measure]:
     details = []
     if scoring.covariance in ("general", "select"):
         details += [Measure(pixel, *pair) for pair in zip(generals, subtract, strict=True)]
-    turning = [each for each in learning if not each.subtracted and scoring.place_turns is not False]
-    as_they_lie = [each for each in learning if scoring.place_turns is not True or each.subtracted]
-    details += [Measure(pixel, each.gaussians(), each.subtracted) for each in as_they_lie]
-    if turning:
-        _add_turned(scorer, training_nhwc, turning)
-        details += [Measure(pixel, each.gaussians(), each.subtracted, turned=True) for each in turning]
+    details += [Measure(pixel, each.gaussians(), each.subtracted) for each in learning if each.lying]
+    if turned := [each for each in learning if each.turned]:
+        _add_turned(scorer, training_nhwc, turned)
+        details += [Measure(pixel, each.gaussians(), each.subtracted, turned=True) for each in turned]
     return [mixed for measure in details for mixed in _mixtures(scoring, measure, context)]
 
 
@@ -100,19 +102,21 @@ def _begun(scorer: Scorer, training_nhwc: np.ndarray, generals: Mapping[bool, No
         for subtracted, general in generals.items()
         if scoring.by_place or scoring.by_kind
     }
+    lying, turned = scoring.place_turns is not True, scoring.place_turns is not False
     begun = []
     if scoring.by_place:
-        begun += [Learning(Moments(each, by_place=True), subtracted) for subtracted, each in projections.items()]
-    if scoring.by_kind:
-        samples = _kind_samples(scorer, training_nhwc)
-        moments = KindMoments(samples, scoring.kinds, generals[False], projections[False], seed)
-        begun.append(Learning(moments, False))
+        begun += [
+            Learning(Moments(each, by_place=True), subtracted, lying or subtracted, turned and not subtracted)
+            for subtracted, each in projections.items()
+        ]
+    for turns in [False] * lying + [True] * turned if scoring.by_kind else []:  # which see other kinds
+        samples = _kind_samples(scorer, training_nhwc, TURNS if turns else 1)
+        begun.append(Learning(KindMoments(samples, scoring.kinds, projections[False], seed), False, not turns, turns))
     return begun
 
 
-def _kind_samples(scorer: Scorer, training_nhwc: np.ndarray) -> Tensor:
-    """(n, C): features of cells that kinds are told from, of some photographs in every direction that may count."""
-    directions = 1 if scorer.config.scoring.place_turns is False else TURNS
+def _kind_samples(scorer: Scorer, training_nhwc: np.ndarray, directions: int) -> Tensor:
+    """(n, C): features of cells that kinds are told from, of some photographs in so many directions."""
     some = training_nhwc[:: max(1, len(training_nhwc) // GENERAL_IMAGES)]
     sampled = SampledCells(directions * len(some), scorer.config.training.seed, count=CANDIDATES)
     for turn in range(directions):
@@ -137,8 +141,8 @@ def _of_all_photographs(
     for evidence in evidence_of(scorer, training_nhwc):
         if pixels is not None:
             pixels.add(evidence.denoising)
-        for moments, subtracted in learning:
-            moments.add(evidence.residuals if subtracted else evidence.features)
+        for each in learning:
+            each.moments.add(evidence.residuals if each.subtracted else evidence.features)
         if sampled is not None:
             assert evidence.context is not None, "an extractor with context stages"
             sampled.add(evidence.context)
@@ -152,8 +156,8 @@ def _add_turned(scorer: Scorer, training_nhwc: np.ndarray, learning: Sequence[Le
     """Take the features of photographs in the other directions into account."""
     for turn in range(1, TURNS):
         for features in _features_of(scorer, np.rot90(training_nhwc, turn, axes=(1, 2))):
-            for moments, _ in learning:
-                moments.add(features)
+            for each in learning:
+                each.moments.add(features)
 
 
 def _features_of(scorer: Scorer, images_nhwc: np.ndarray) -> Iterator[Tensor]:

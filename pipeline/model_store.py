@@ -25,13 +25,11 @@ from pipeline.storage import Location
 from pipeline.storage_checks import require_exists
 
 FORMAT = 8
-"""Version of the files' layout; a reader refuses a higher one."""
+"""Version of the files' layout; a reader refuses a higher one. 8 may measure features by kinds of cells."""
 CONTEXT_APART = 6
 """The first format whose networks do not predict context, and whose kept cells are the extractor's own."""
 FOLDED = 7
 """The first format whose extractors have their batch norms folded, and round their features so."""
-KINDS = 8
-"""The first format whose features may be measured by Gaussians of kinds of cells."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class ModelInfo:
     reach: int = 0
     """Cells that a part may lie from its place; none in models of early releases."""
     turned: bool = False
-    """Whether the Gaussians of the features' places learned from turned photographs, too."""
+    """Whether the Gaussians of the features' places or kinds learned from turned photographs, too."""
     predicts_context: bool = False
     """Whether its network predicts the context stages, too, which nobody asks it for: models of early releases."""
     folded: bool = True

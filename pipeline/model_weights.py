@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.features import FeatureExtractor, stage_channels
 from pipeline.gaussian import NormalGaussian
 from pipeline.kinds import KindGaussians
-from pipeline.model_store import FOLDED, KINDS, ModelInfo
+from pipeline.model_store import FOLDED, FORMAT, ModelInfo
 from pipeline.nearest import NearestNormal
 from pipeline.scoring import Calibration, Measure, Scorer
 from pipeline.storage import Location
@@ -59,7 +59,7 @@ def save_model(
     (folder / "weights.safetensors").write_bytes(save_tensors(plain))
     (folder / "model.json").write_json(
         {
-            "format": _format(scorer),
+            "format": FORMAT if scorer.extractor.folded else FOLDED - 1,
             "category": category,
             "version": version,
             "config": scorer.config.model_dump(mode="json"),
@@ -75,13 +75,6 @@ def save_model(
         }
     )
     return folder
-
-
-def _format(scorer: Scorer) -> int:
-    """The first whose readers can make of the model what it is."""
-    assert scorer.calibration is not None
-    folded = FOLDED if scorer.extractor.folded else FOLDED - 1
-    return max(KINDS, folded) if scorer.calibration.measure.covariance == "kind" else folded
 
 
 def load_scorer(info: ModelInfo, *, device: torch.device | str = "cpu") -> Scorer:

@@ -165,8 +165,8 @@ def test_ways_of_scoring_have_their_own_pixel_branches():
         ("gaussian", "scoring.place_reach=9", "less than or equal to 8"),
         ("demo", "scoring.place_turns=true", 'needs scoring.covariance "place", "kind" or "select"'),
         ("fast", "scoring.place_turns=true scoring.prediction=subtract", 'scoring.prediction other than "subtract"'),
-        ("texture", "scoring.covariance=kind", "needs scoring.kinds"),
-        ("fast", "scoring.covariance=kind scoring.prediction=subtract", 'scoring.prediction other than "subtract"'),
+        ("texture", "scoring.covariance=kind scoring.prediction=ignore", "needs scoring.kinds"),
+        ("fast", "scoring.covariance=kind", 'scoring.prediction = "ignore"'),
         ("gaussian", "scoring.prediction=subtract", 'and scoring.prediction = "ignore"'),
     ):
         with pytest.raises(UserError, match=told):

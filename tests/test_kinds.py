@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from pipeline.gaussian import fit_general, fit_places, place_projection
-from pipeline.kinds import ALIKE, ASKED, GROUP, Grouped, KindGaussians, KindMoments, kind_centres, kind_gaussians
+from pipeline.kinds import (
+    ASKED,
+    GROUP,
+    LEAST_VARIANCE,
+    Grouped,
+    KindGaussians,
+    KindMoments,
+    kind_centres,
+    kind_gaussians,
+)
 
 GRID, CHANNELS, KINDS = 8, 6, 5
 
@@ -40,7 +49,7 @@ def normal(means: torch.Tensor, shapes: torch.Tensor) -> torch.Tensor:
 def fitted(batches: list[torch.Tensor], *, kinds: int = KINDS, seed: int = 0) -> KindGaussians:
     general = fit_general(batches)
     samples = torch.cat(batches).permute(0, 2, 3, 1).flatten(0, 2)
-    moments = KindMoments(samples, kinds, general, place_projection(general, CHANNELS, seed), seed)
+    moments = KindMoments(samples, kinds, place_projection(general, CHANNELS, seed), seed)
     for batch in batches:
         moments.add(batch)
     return kind_gaussians(moments)
@@ -56,11 +65,13 @@ def of_kinds(gaussians: KindGaussians, rows: np.ndarray, normal: np.ndarray, cou
 
     own, white = nearest(normal)[:, 0], normal @ projection.T
     parts = [white[own == kind] for kind in range(len(centres))]
-    within = sum(len(part) * np.cov(part.T, bias=True) for part in parts) / len(white) + 1e-3 * np.eye(CHANNELS)
+    within = sum(len(part) * np.cov(part.T, bias=True) for part in parts) / len(white)
     found = []
     for part in parts:
-        shrinkage = CHANNELS / (CHANNELS + len(part) / ALIKE)
-        covariance = (1 - shrinkage) * np.cov(part.T, bias=True) + shrinkage * within
+        shrinkage = CHANNELS / (CHANNELS + len(part))
+        covariance = (
+            (1 - shrinkage) * np.cov(part.T, bias=True) + shrinkage * within + LEAST_VARIANCE * np.eye(CHANNELS)
+        )
         centred = rows @ projection.T - part.mean(0)
         found.append(np.einsum("nc,cd,nd->n", centred, np.linalg.inv(covariance), centred) / CHANNELS)
     return np.take_along_axis(np.stack(found, 1), nearest(rows)[:, :count], 1).min(1)
@@ -116,6 +127,34 @@ def test_the_distance_has_a_gradient(normal: torch.Tensor) -> None:
     gaussians.distance(x).sum().backward()
     step = x.detach() - 1e-3 * x.grad / x.grad.norm()
     assert gaussians.distance(step).sum() < gaussians.distance(x.detach()).sum()
+
+
+@pytest.mark.parametrize("kinds", [8, 64, 256])
+def test_an_empty_background_is_normal_whatever_its_share(normal: torch.Tensor, kinds: int) -> None:
+    half_empty = normal.repeat(25, 1, 1, 1)  # 32 000 cells of the background
+    half_empty[:, :, : GRID // 2] = 12.0
+    gaussians = fitted(list(half_empty.split(100)), kinds=kinds)
+    distances = gaussians.distance(half_empty[:40])
+    assert distances[:, : GRID // 2].max() < 0.1
+    assert distances[:, GRID // 2 :].mean() < 1.3
+    half_empty[:40, :, 1, 2] = half_empty.mean((0, 2, 3))  # amid all cells: of no kind
+    assert gaussians.distance(half_empty[:40])[:, 1, 2].min() > 20
+
+
+def test_a_photograph_of_full_size_is_told_the_same_in_any_company() -> None:
+    generator = torch.Generator().manual_seed(0)
+    kinds, dimensions, channels = 512, 100, 192
+    gaussians = KindGaussians(
+        torch.randn(64, channels, generator=generator) / 8,
+        torch.randn(kinds, 64, generator=generator),
+        torch.randn(dimensions, channels, generator=generator) / 8,
+        torch.randn(kinds, dimensions, generator=generator),
+        torch.randn(kinds, dimensions, dimensions, generator=generator) / 10,
+    )
+    images = torch.randn(4, channels, 32, 32, generator=generator)
+    together = gaussians.distance(images)
+    assert torch.equal(together, gaussians.distance(images.flip(0)).flip(0))
+    assert torch.equal(together, torch.cat([gaussians.distance(image[None]) for image in images]))
 
 
 @pytest.mark.parametrize("kinds", [1, 2, 3000])

@@ -24,9 +24,12 @@ def spoiled(images):
 # ---- A photograph's map is its own ----
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_photograph_gets_the_same_map_in_any_company(calibrated, precision, fresh):
-    scorer = calibrated(training={"precision": precision})
+BY_KIND = {"covariance": "kind", "prediction": "ignore", "kinds": 40}
+
+
+@pytest.mark.parametrize(("precision", "scoring"), [("float32", {}), ("bfloat16", {}), ("bfloat16", BY_KIND)])
+def test_a_photograph_gets_the_same_map_in_any_company(calibrated, precision, scoring, fresh):
+    scorer = calibrated(training={"precision": precision}, scoring=scoring)
     together = scorer.score(fresh)
     assert together.maps.astype(float).std(axis=0).max() > 0.1  # the photographs' maps do differ
     strange = spoiled(fresh[:1])

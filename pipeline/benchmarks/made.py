@@ -60,12 +60,14 @@ def random_scorer(config: Config, device: torch.device) -> Scorer:
 def settled(config: Config) -> Config:
     """The settings with every choice that calibration would make made: the one that takes longest to score."""
     scoring = config.scoring
+    covariance = "place" if scoring.covariance == "select" else scoring.covariance
+    reach = REACHES[-1] if covariance == "place" else 0
     choices: dict[str, object] = {
         "alpha": ALPHA if scoring.alpha is None else scoring.alpha,
         "top_pixels": TOP_PIXELS if scoring.top_pixels is None else scoring.top_pixels,
         "prediction": "subtract" if scoring.prediction == "select" else scoring.prediction,
-        "covariance": "place" if scoring.covariance == "select" else scoring.covariance,
-        "place_reach": REACHES[-1] if scoring.place_reach is None else scoring.place_reach,
+        "covariance": covariance,
+        "place_reach": reach if scoring.place_reach is None else scoring.place_reach,
         "place_turns": bool(scoring.place_turns),  # which costs only calibration
         "context_weight": CONTEXT_WEIGHTS[-1] if scoring.context_weight is None else scoring.context_weight,
     }
