@@ -157,7 +157,10 @@ def halfway_white(samples: Tensor) -> Tensor:
 
 
 def kind_centres(found: Tensor, count: int, seed: int) -> Tensor:
-    """Lloyd 1982: means (K, c) of at most `count` kinds of the vectors (n, c), where each is of the kind of the nearest mean."""
+    """Lloyd 1982: means (K, c) of at most `count` kinds of the vectors (n, c), where each is of the kind of the nearest mean.
+
+    The same for a seed on CPUs; GPUs add in any order.
+    """
     generator = torch.Generator().manual_seed(seed)
     distinct = torch.unique(found, dim=0)  # an empty background has many cells and is one kind
     centres = distinct[torch.randperm(len(distinct), generator=generator)[:count].to(found.device)]

@@ -26,7 +26,7 @@ from pipeline.diffusion.doubling import DoublingConv2d
 from pipeline.diffusion.group_norm import GroupNorm
 from pipeline.fit import Fit
 from pipeline.images import encode_png, resize
-from pipeline.presets import PRESETS
+from pipeline.presets import PRESETS, load_config
 from pipeline.totals import ShardOutcome
 from tests.job_runs import TINY, job, succeeded
 
@@ -269,9 +269,12 @@ def test_ratios_are_of_figures_that_both_have():
     assert differences(new, old) == ["versions.torch: None -> 2", "sizes.batch: 1 -> 2"]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_can_be_measured_without_calibration_choosing(preset):
-    scoring = settled(PRESETS[preset]).scoring
+@pytest.mark.parametrize(
+    ("preset", "settings"),
+    [*((preset, ()) for preset in PRESETS), ("fast", ("scoring.covariance=kind", "scoring.prediction=ignore"))],
+)
+def test_every_preset_can_be_measured_without_calibration_choosing(preset, settings):
+    scoring = settled(load_config(preset, settings)).scoring
     assert "select" not in (scoring.covariance, scoring.prediction)
     chosen = (scoring.alpha, scoring.top_pixels, scoring.context_weight, scoring.place_reach, scoring.place_turns)
     assert None not in chosen

@@ -48,6 +48,7 @@ def measure_score(
             "noise_scales": len(scoring.timesteps),
             "million_parameters": round(sum(p.numel() for p in scorer.denoiser.unet.parameters()) / 1e6, 1),
             "precision": scorer.config.training.precision,
+            "covariance": scoring.covariance,
             "reach": scoring.place_reach or 0,
             "context_weight": scoring.context_weight or 0.0,
         }
