@@ -163,8 +163,9 @@ class ScoringConfig(Section):
     place_dimensions: int = Field(100, ge=1)
     """Random directions kept for the Gaussian of each place or kind; memory grows with the square."""
     kinds: int = Field(0, ge=0, le=4096)
-    """Kinds of cells that have a Gaussian of their own where `covariance` is "kind", or where it is "select" and they find
-    implanted defects best: for textures, and products that lie in any direction. Memory grows with it. 0: none."""
+    """Kinds of cells that have a Gaussian of their own where `covariance` is "kind", or where it is "select", places tell little
+    of what photographs show, and kinds find implanted defects best: for textures, and products that lie in any direction.
+    Memory grows with it. 0: none."""
     place_reach: int | None = Field(0, ge=0, le=8)
     """Cells, rows plus columns, that a part may lie from where it usually does: features but for context are measured under the
     Gaussian of the place so near that expects them most; time and memory grow with the square. null: each model takes none or

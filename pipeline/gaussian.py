@@ -102,6 +102,17 @@ class Moments:
         return mean, scatter / max(1, self.count - self.by_place)
 
 
+def explained_by_place(moments: Moments) -> float:
+    """Share of the vectors' variance that lies between places rather than between photographs, 0..1, from moments by place.
+
+    Near 0 for textures and products in any direction, of which nothing shows twice at the same place.
+    """
+    mean, covariance = moments.mean_and_covariance()
+    within = covariance.diagonal(dim1=1, dim2=2).mean(0).sum()
+    between = (mean.var(0).sum() - within / moments.count).clamp(min=0)  # means of few photographs vary by themselves
+    return float(between / (between + within).clamp(min=1e-12))
+
+
 def general_gaussian(moments: Moments) -> NormalGaussian:
     """One Gaussian of the vectors of all places, projected where the moments are.
 

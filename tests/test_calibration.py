@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+from pipeline import measures
 from pipeline.calibration import calibrate, exceedance_interval, measured, prediction_bound
 from pipeline.choice import ALPHAS, TOP_PIXELS, Judged, implanted, judge, judged_images
 from pipeline.features import FeatureExtractor
@@ -156,13 +157,13 @@ def test_a_stricter_false_alarm_rate_raises_both_thresholds(calibrated):
         ),
     ],
 )
-def test_settings_allow_these_measures(fitted, variant, photographs, settings, expected):
+def test_settings_allow_these_measures(fitted, variant, photographs, settings, expected, monkeypatch):
+    monkeypatch.setattr(measures, "PLACES_TELL", 1.0)
     denoiser = fitted.result()
     denoiser.config = variant(scoring=settings | {"place_dimensions": 7})
-    measures = fit_measures(Scorer(denoiser, fitted.extractor), photographs)
-    found = [(m.pixel and m.pixel.by_place, m.covariance, m.subtract_prediction) for m in measures]
-    assert found == expected
-    for measure in measures:
+    allowed = fit_measures(Scorer(denoiser, fitted.extractor), photographs)
+    assert [(m.pixel and m.pixel.by_place, m.covariance, m.subtract_prediction) for m in allowed] == expected
+    for measure in allowed:
         assert measure.context is None
         if measure.feature is not None:
             assert (
@@ -185,16 +186,19 @@ def test_places_may_reach_and_the_general_gaussian_has_none(fitted, variant, pho
         torch.testing.assert_close(found, measure.feature.distance(evidence.residuals, measure.reach))
 
 
-def test_gaussians_of_places_and_kinds_learn_features_from_photographs_in_four_directions(fitted, variant, photographs):
+def test_gaussians_of_places_and_kinds_learn_features_from_photographs_in_four_directions(
+    fitted, variant, photographs, monkeypatch
+):
+    monkeypatch.setattr(measures, "PLACES_TELL", 1.0)
     denoiser = fitted.result()
     settings = {"covariance": "select", "prediction": "select", "pixel": "gaussian", "place_dimensions": 7, "kinds": 5}
 
-    def measures(place_turns):
+    def allowed(place_turns):
         denoiser.config = variant(scoring=settings | {"place_turns": place_turns})
         found = fit_measures(Scorer(denoiser, fitted.extractor), photographs)
         return {(m.subtract_prediction, m.covariance, m.turned): m for m in found}
 
-    plain, turned, both = measures(False), measures(True), measures(None)
+    plain, turned, both = allowed(False), allowed(True), allowed(None)
     own, new = ({(False, covariance, turns) for covariance in ("place", "kind")} for turns in (False, True))
     assert both.keys() == plain.keys() | new
     assert turned.keys() == both.keys() - own
@@ -211,6 +215,19 @@ def test_gaussians_of_places_and_kinds_learn_features_from_photographs_in_four_d
             ]
             assert distances[1] < 1.3
             assert (distances[0] > 1.5) == (turn in (1, 3)), "stripes turn by 180"
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_kinds_are_a_choice_where_places_tell_little(fitted, variant, photographs, aligned):
+    denoiser = fitted.result()
+    settings = {"covariance": "select", "prediction": "select", "place_dimensions": 7, "kinds": 5}
+    denoiser.config = variant(scoring=settings)
+    rng = np.random.default_rng(0)
+    shown = np.stack([rng.permuted(image.reshape(-1, 3), axis=0).reshape(image.shape) for image in photographs])
+    if aligned:
+        shown[:, 8:24, 8:24] = 250 - shown[:, 8:24, 8:24] // 4
+    found = {measure.covariance for measure in fit_measures(Scorer(denoiser, fitted.extractor), shown)}
+    assert found == {"general", "place"} | (set() if aligned else {"kind"})
 
 
 def test_features_without_the_network_are_those_of_the_evidence(scorer, fresh):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.gaussian import fit_general, fit_places
+from pipeline.gaussian import Moments, explained_by_place, fit_general, fit_places
 
 GRID, CHANNELS = 4, 6
 
@@ -41,6 +41,17 @@ def test_the_distance_at_a_place_equals_numpys(residuals: torch.Tensor) -> None:
     centred = white - white.mean(1, keepdims=True)
     expected = np.einsum("cn,cd,dn->n", centred, np.linalg.inv(covariance), centred) / CHANNELS
     np.testing.assert_allclose(gaussian.distance(residuals)[:, *place], expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize(("spread", "expected"), [(0.0, 0.0), (1.0, 0.5), (10.0, 0.99)])
+@pytest.mark.parametrize("count", [5, 400])
+def test_places_explain_what_lies_between_them(spread: float, expected: float, count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    means = spread * torch.randn(CHANNELS, 16, 16, generator=generator)
+    moments = Moments(torch.eye(CHANNELS), by_place=True)
+    for cells in (means + torch.randn(count, CHANNELS, 16, 16, generator=generator)).split(3):
+        moments.add(cells)
+    assert explained_by_place(moments) == pytest.approx(expected, abs=0.05)
 
 
 def test_batches_do_not_matter(residuals: torch.Tensor) -> None:
