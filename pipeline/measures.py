@@ -31,7 +31,7 @@ GENERAL_IMAGES = 32
 """Training photographs that shape the Gaussians for all places."""
 PLACES_TELL = 0.15
 """Share of features' variance that places explain from which models do not choose kinds: where products lie as they should a
-misplaced part is a defect, which kinds cannot see. Seen were 0.06 to 0.09 of textures and products in any direction, 0.26 to 0.55
+misplaced part is a defect, which kinds cannot see. Seen were 0.06 to 0.09 of textures and products in any direction, 0.25 to 0.55
 of others."""
 
 Vectors = Callable[[Evidence], list[Tensor]]
