@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -34,7 +35,7 @@ from ray.cluster_utils import Cluster
 from pipeline.images import encode_png
 from pipeline.storage import Location
 from pipeline.textures import photograph
-from tests.job_runs import ROOT, job, make_dataset, succeeded, train_tiny
+from tests.job_runs import JOB_S, ROOT, job, make_dataset, succeeded, train_tiny
 from tests.seaweed_server import Seaweed, new_bucket, seaweed_server
 
 ARCHIVES, IMAGES, SHARD_IMAGES = 3, 24, 3
@@ -111,7 +112,7 @@ def disturbed(
                 if run.poll() is None:
                     time.sleep(1)
             time.sleep(rng.uniform(0, 0.05))
-        output, _ = run.communicate(timeout=300)
+        output, _ = run.communicate(timeout=JOB_S)
         if run.returncode == 0:
             return starts, targets[: len(targets) - len(waiting)]
         if starts > 4 + len(targets):
@@ -156,9 +157,8 @@ def _kind(command: list[str]) -> str | None:
 @contextmanager
 def one_machine() -> Iterator[Kill]:
     """Ray of the job's own, whatever else runs on this machine; what kills there."""
-    os.environ["RAY_ADDRESS"] = "local"
-    yield kill_process
-    del os.environ["RAY_ADDRESS"]
+    with patch.dict(os.environ, RAY_ADDRESS="local"):
+        yield kill_process
 
 
 @contextmanager
@@ -166,7 +166,6 @@ def two_nodes(server: Seaweed) -> Iterator[Kill]:
     """A cluster of two nodes for jobs to work on; what kills there, and puts a new node or server in the place of the old."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     second = [cluster.add_node(num_cpus=1)]
-    os.environ["RAY_ADDRESS"] = cluster.address
 
     def kill(job: int, target: str) -> bool:
         if target == "node":
@@ -182,9 +181,9 @@ def two_nodes(server: Seaweed) -> Iterator[Kill]:
         return True
 
     try:
-        yield kill
+        with patch.dict(os.environ, RAY_ADDRESS=cluster.address):
+            yield kill
     finally:
-        del os.environ["RAY_ADDRESS"]
         cluster.shutdown()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,13 +33,23 @@ TINY = [
     "scoring.batch_size=4",
 ]
 TEXTURES = ("brick", "gravel")
+JOB_S = 600
+"""Nothing takes a tenth of it on a quiet machine."""
 
 
 def job(name: str, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | (env or {}), check=False
-    )
+    """The command as it ended. One that hangs is told to say where."""
+    command = [sys.executable, "-X", "faulthandler", str(ROOT / "jobs" / f"{name}.py"), *map(str, arguments)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {})
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=JOB_S)
+        except subprocess.TimeoutExpired as expired:
+            process.send_signal(signal.SIGABRT)
+            output, errors = process.communicate()
+            raise AssertionError(f"{name} hangs:\n{output}{errors}") from expired
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def succeeded(result: subprocess.CompletedProcess[str]) -> str:

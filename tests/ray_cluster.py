@@ -16,7 +16,7 @@ from uuid import uuid4
 import psutil
 import requests
 
-from tests.job_runs import ROOT
+from tests.job_runs import JOB_S, ROOT
 from tests.seaweed_server import free_ports
 
 RAY = str(Path(sys.executable).parent / "ray")
@@ -34,11 +34,11 @@ class RayCluster:
     environment: dict[str, str]
     """Of a user who may submit jobs to it."""
 
-    def submit(self, *command: object, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
+    def submit(self, *command: object) -> subprocess.CompletedProcess[str]:
         """`ray job submit --working-dir . -- python ...` from the project's root, until the job has ended."""
         line = [RAY, "job", "submit", "--working-dir", ".", "--", "python", *map(str, command)]
         return subprocess.run(
-            line, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=timeout_s, check=False
+            line, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=JOB_S, check=False
         )
 
 

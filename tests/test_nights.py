@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.storage import Location
 from tests.chaos import arguments, differences, disturbed, kill_process, make_night, tables
-from tests.job_runs import ROOT
+from tests.job_runs import JOB_S, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ def test_a_night_has_one_run_at_a_time_and_kills_leave_no_trace(
             assert first.poll() is None, "the first run ended before it held its night"
             time.sleep(0.05)
         status, _, errors = start("score_archives", *arguments(night, models, calm)[:-1])  # without --wait
-        output, _ = first.communicate(timeout=300)
+        output, _ = first.communicate(timeout=JOB_S)
     assert (status, "in work by another run" in errors) == (2, True), errors
     assert first.returncode == 0, output
     assert not lock.exists()

@@ -26,7 +26,7 @@ from pipeline.images import encode_png
 from pipeline.model_store import model_categories, model_info
 from pipeline.storage import Location
 from tests.chaos import Kill, one_machine, two_nodes
-from tests.job_runs import ROOT, TINY, job, succeeded
+from tests.job_runs import JOB_S, ROOT, TINY, job, succeeded
 from tests.seaweed_server import Seaweed, new_bucket, seaweed_server
 
 CATEGORIES = tuple(f"part{number}" for number in range(6))
@@ -88,7 +88,7 @@ def disturbed(
             time.sleep(pause)
             if run.poll() is None and kill(run.pid, waiting[0]):
                 waiting.pop(0)
-        output, _ = run.communicate(timeout=600)
+        output, _ = run.communicate(timeout=JOB_S)
         if run.returncode == 0:
             return starts, [*targets][: len(targets) - len(waiting)]
         if starts > 3 + len(targets):
