@@ -17,6 +17,7 @@ from pipeline.progress import ScoringProgress, show_totals, size_text
 from pipeline.ray_session import ray_session
 from pipeline.restoration_methods import METHODS, MethodName, require_able
 from pipeline.shard_restoring import RestorePlan, restored_shards
+from pipeline.stall import STALL_MINUTES
 from pipeline.storage import Location
 from pipeline.storage_checks import require_writable
 
@@ -53,6 +54,8 @@ class Options:
     max_failure_fraction: float = 0.1
     """Exit status 1 when more of a category's photographs failed than this, 0 to 1; whatever was not restored at all makes
     it 1 anyway."""
+    stall_minutes: float = STALL_MINUTES
+    """Stop with exit status 75 when no shard was done for so long."""
     dry_run: bool = False
     """Print the plan and stop."""
 
@@ -72,14 +75,15 @@ def reconstruct(options: Options) -> int:
         return OK
     require_writable(plan.results)
     with ray_session() as resources, ScoringProgress(sizes, verb="restored") as progress:
-        totals = restore_archives(plan, resources.scoring_workers(options.actors), settings, progress)
+        workers = resources.scoring_workers(options.actors)
+        totals = restore_archives(plan, workers, settings, progress, options.stall_minutes)
     show_totals(totals, plan.max_failure_fraction, verb="restored", failures_in=f"{settings.done}/*.json")
     return OK if totals.fine(plan.max_failure_fraction) else PARTIAL_FAILURE
 
 
 def planned(options: Options) -> tuple[BatchPlan, RestorePlan]:
     """What there is to restore, and how. Raises UserError for options that do not go together."""
-    check_options(options.actors, options.shard_images, options.max_failure_fraction)
+    check_options(options.actors, options.shard_images, options.max_failure_fraction, options.stall_minutes)
     output, models = Location.parse(options.output), Location.parse(options.models)
     for images in map(Location.parse, [*options.images, *filter(None, [options.dataset])]):
         if output == images or output.uri.startswith(images.uri.rstrip("/") + "/"):

@@ -19,6 +19,7 @@ from pipeline.night_lock import LockLostError, hold_night
 from pipeline.progress import ScoringProgress, show_totals, size_text
 from pipeline.ray_session import ray_session
 from pipeline.results import MapFormat
+from pipeline.stall import STALL_MINUTES
 from pipeline.storage import Location
 from pipeline.storage_checks import require_writable
 from pipeline.totals import ShardOutcome
@@ -49,6 +50,8 @@ class Options:
     anyway. Single broken photographs are everyday and wait in the failures table: at 0 each of them would make a
     scheduler repeat and report the night. A tenth of a category is a fault of camera, upload or archive, which at 1 would
     pass for a good night."""
+    stall_minutes: float = STALL_MINUTES
+    """Stop with exit status 75 when no shard was done for so long: what hangs keeps its night from every other run."""
     wait: bool = False
     """Wait while another run works on the same night, instead of refusing."""
     dry_run: bool = False
@@ -67,7 +70,7 @@ def score(options: Options) -> int:
         night = date.fromisoformat(night).isoformat()
     except ValueError as error:
         raise UserError(f"--night {night}: write the date as YYYY-MM-DD") from error
-    check_options(options.actors, options.shard_images, options.max_failure_fraction)
+    check_options(options.actors, options.shard_images, options.max_failure_fraction, options.stall_minutes)
     results = Location.parse(options.results)
     if options.dry_run:
         plan = plan_night(options, results, night)
@@ -88,7 +91,9 @@ def score(options: Options) -> int:
                     progress(outcome)
                     lock.check()
 
-                totals = score_archives(plan, resources.scoring_workers(options.actors), committed)
+                totals = score_archives(
+                    plan, resources.scoring_workers(options.actors), committed, options.stall_minutes
+                )
     except (LockLostError, OSError, BotoCoreError, ClientError) as error:
         console.print(f"stopped: {' '.join(str(error).split())}; run the same command again", style="red", markup=False)
         return TRY_AGAIN

@@ -20,17 +20,25 @@ from pipeline.run_record import run_record
 from pipeline.shard_reading import decode_shard, list_archive, read_unit
 from pipeline.shard_restoring import RestorePlan, RestoringActor, earlier_restored, restored_shards
 from pipeline.shard_scoring import ScoringActor
+from pipeline.stall import STALL_MINUTES, steadily
 from pipeline.totals import ShardOutcome, Totals, earlier_outcomes, total
 
 LISTING_TASKS = 4
 """At once. A directory of 100 000 members is listed in a second or two, and is work for many readers."""
 
 
-def score_archives(plan: BatchPlan, workers: Workers, progress: Callable[[ShardOutcome], None]) -> Totals:
-    """Run the stream to its end and write the run's record, calling `progress` for every shard as it commits."""
+def score_archives(
+    plan: BatchPlan,
+    workers: Workers,
+    progress: Callable[[ShardOutcome], None],
+    stall_minutes: float = STALL_MINUTES,
+) -> Totals:
+    """Run the stream to its end and write the run's record, calling `progress` for every shard as it commits. Raises
+    StalledError when none does for so long."""
     clock = time.monotonic()
     before = all_committed_shards(plan)
-    outcomes = _outcomes(plan, workers, before, ScoringActor, {}, progress)
+    stream = _stream(plan, workers, before, ScoringActor, {})
+    outcomes = _outcomes(stream, progress, stall_minutes)
     totals = total(outcomes, len(plan.archives), earlier_outcomes(plan, before))
     record = run_record(plan, totals, time.monotonic() - clock)
     write_run(plan.results, f"{plan.night}-{plan.started:%Y%m%dT%H%M%SZ}", record)
@@ -38,27 +46,31 @@ def score_archives(plan: BatchPlan, workers: Workers, progress: Callable[[ShardO
 
 
 def restore_archives(
-    plan: BatchPlan, workers: Workers, settings: RestorePlan, progress: Callable[[ShardOutcome], None]
+    plan: BatchPlan,
+    workers: Workers,
+    settings: RestorePlan,
+    progress: Callable[[ShardOutcome], None],
+    stall_minutes: float = STALL_MINUTES,
 ) -> Totals:
     """The same stream with pictures at its end; its record is what every shard leaves."""
     before = restored_shards(plan, settings)
-    outcomes = _outcomes(plan, workers, before, RestoringActor, {"settings": settings}, progress)
+    stream = _stream(plan, workers, before, RestoringActor, {"settings": settings})
+    outcomes = _outcomes(stream, progress, stall_minutes)
     return total(outcomes, len(plan.archives), earlier_restored(plan, settings, before))
 
 
-def _outcomes(
+def _stream(
     plan: BatchPlan,
     workers: Workers,
     before: Sequence[Sequence[str]],
     actor: type,
     arguments: dict[str, Any],
-    progress: Callable[[ShardOutcome], None],
-) -> list[ShardOutcome]:
-    """Run the stream; `before` names the shards of each archive that need not be done again."""
+) -> ray.data.Dataset:
+    """A row of every outcome; `before` names the shards of each archive that need not be done again."""
     context = ray.data.DataContext.get_current()
     # Every shard leaves its task as soon as it is complete instead of waiting for a larger block.
     context.target_max_block_size = 1
-    shards = (
+    return (
         ray.data.from_items(
             [{"archive": i, "committed": list(committed)} for i, committed in enumerate(before)],
             override_num_blocks=len(plan.archives),
@@ -75,8 +87,14 @@ def _outcomes(
             num_gpus=workers.gpus_per_actor or None,
         )
     )
+
+
+def _outcomes(
+    stream: ray.data.Dataset, progress: Callable[[ShardOutcome], None], stall_minutes: float
+) -> list[ShardOutcome]:
+    """Run the stream."""
     outcomes = []
-    for row in shards.iter_rows():
+    for row in steadily(stream.iter_rows(), stall_minutes):
         outcome = ShardOutcome(**row)
         outcomes.append(outcome)
         progress(outcome)

@@ -50,7 +50,7 @@ class Workers:
     gpus_per_actor: float
 
 
-def check_options(actors: int, shard_images: int, max_failure_fraction: float) -> None:
+def check_options(actors: int, shard_images: int, max_failure_fraction: float, stall_minutes: float) -> None:
     """Raises UserError for what no run can do, before anything is looked at."""
     if actors < 0:
         raise UserError(f"--actors {actors}: choose 1 or more, or 0 to choose by itself")
@@ -58,6 +58,8 @@ def check_options(actors: int, shard_images: int, max_failure_fraction: float) -
         raise UserError(f"--shard-images {shard_images}: choose 1 to 256")
     if not 0 <= max_failure_fraction <= 1:
         raise UserError(f"--max-failure-fraction {max_failure_fraction}: choose 0 to 1")
+    if not stall_minutes > 0:
+        raise UserError(f"--stall-minutes {stall_minutes:g}: choose more than 0, or inf to wait without end")
 
 
 def committed_shards(plan: BatchPlan, archive: Archive) -> list[str]:

@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from pipeline.errors import UserError
+from pipeline.stall import StalledError
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 """Where jobs print progress and results."""
@@ -17,7 +18,8 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 Options = TypeVar("Options")
 
 OK, PARTIAL_FAILURE, USER_MISTAKE, TRY_AGAIN, INTERRUPTED = 0, 1, 2, 75, 130
-"""Exit statuses. TRY_AGAIN, as sysexits.h has it: the storage or the lock was lost, and the same command may do better."""
+"""Exit statuses. TRY_AGAIN, as sysexits.h has it: the storage or the lock was lost, or nothing went on, and the same command
+may do better."""
 
 
 def run(job: Callable[[Options], int], options: type[Options], description: str) -> NoReturn:
@@ -28,6 +30,9 @@ def run(job: Callable[[Options], int], options: type[Options], description: str)
     except UserError as error:
         Console(stderr=True, highlight=False).print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         sys.exit(USER_MISTAKE)
+    except StalledError as error:
+        console.print(f"stopped: {error}; run the same command again", style="red", markup=False)
+        sys.exit(TRY_AGAIN)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted: run the same command again to continue", markup=False)
         sys.exit(INTERRUPTED)

@@ -60,6 +60,11 @@ MISTAKES = {
         ["--archives", "{data}", "--models", "{tmp}/m", "--results", "{tmp}/r", "--max-failure-fraction", "10"],
         "choose 0 to 1",
     ),
+    "no patience": (
+        "score_archives",
+        ["--archives", "{data}", "--models", "{tmp}/m", "--results", "{tmp}/r", "--stall-minutes", "0"],
+        "choose more than 0",
+    ),
     "no results to compact": ("compact", ["--results", "{tmp}/r"], "does not exist"),
     "no such question": ("query", ["--results", "{tmp}", "--name", "best"], "nightly-summary"),
     "nothing to report": ("report", ["--results", "{tmp}", "--output", "{tmp}/page.html"], "score_archives.py"),
