@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from pipeline.archives import Archive, find_archives
-from pipeline.batch import restore_archives
+from pipeline.batch import STALL_MINUTES, restore_archives
 from pipeline.batch_plan import BatchPlan, check_options
 from pipeline.command import OK, PARTIAL_FAILURE, console, run
 from pipeline.datasets import Layout, categories, detect_layout
@@ -17,7 +17,6 @@ from pipeline.progress import ScoringProgress, show_totals, size_text
 from pipeline.ray_session import ray_session
 from pipeline.restoration_methods import METHODS, MethodName, require_able
 from pipeline.shard_restoring import RestorePlan, restored_shards
-from pipeline.stall import STALL_MINUTES
 from pipeline.storage import Location
 from pipeline.storage_checks import require_writable
 
@@ -55,7 +54,7 @@ class Options:
     """Exit status 1 when more of a category's photographs failed than this, 0 to 1; whatever was not restored at all makes
     it 1 anyway."""
     stall_minutes: float = STALL_MINUTES
-    """Stop with exit status 75 when no shard was done for so long."""
+    """Stop with exit status 75 when nothing went on for so long. More than the slowest shard takes; inf waits without end."""
     dry_run: bool = False
     """Print the plan and stop."""
 

@@ -10,7 +10,7 @@ from functools import partial
 from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
 
 from pipeline.archives import Archive, find_archives
-from pipeline.batch import score_archives
+from pipeline.batch import STALL_MINUTES, score_archives
 from pipeline.batch_plan import BatchPlan, all_committed_shards, check_options
 from pipeline.command import OK, PARTIAL_FAILURE, TRY_AGAIN, console, run
 from pipeline.errors import UserError
@@ -19,7 +19,6 @@ from pipeline.night_lock import LockLostError, hold_night
 from pipeline.progress import ScoringProgress, show_totals, size_text
 from pipeline.ray_session import ray_session
 from pipeline.results import MapFormat
-from pipeline.stall import STALL_MINUTES
 from pipeline.storage import Location
 from pipeline.storage_checks import require_writable
 from pipeline.totals import ShardOutcome
@@ -51,7 +50,8 @@ class Options:
     scheduler repeat and report the night. A tenth of a category is a fault of camera, upload or archive, which at 1 would
     pass for a good night."""
     stall_minutes: float = STALL_MINUTES
-    """Stop with exit status 75 when no shard was done for so long: what hangs keeps its night from every other run."""
+    """Stop with exit status 75 when nothing went on for so long, or what hangs would keep its night from every other run. More
+    than the slowest shard takes; inf waits without end."""
     wait: bool = False
     """Wait while another run works on the same night, instead of refusing."""
     dry_run: bool = False

@@ -9,8 +9,7 @@ from typing import NoReturn, TypeVar
 import tyro
 from rich.console import Console
 
-from pipeline.errors import UserError
-from pipeline.stall import StalledError
+from pipeline.errors import StalledError, UserError
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 """Where jobs print progress and results."""
@@ -23,7 +22,8 @@ may do better."""
 
 
 def run(job: Callable[[Options], int], options: type[Options], description: str) -> NoReturn:
-    """Parse the command line into `options`, call the job, exit with its status; a UserError is one line and status 2."""
+    """Parse the command line into `options`, call the job, exit with its status; a UserError is one line and status 2,
+    a StalledError one and 75."""
     parsed = tyro.cli(options, description=description)
     try:
         sys.exit(job(parsed))

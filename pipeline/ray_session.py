@@ -62,7 +62,7 @@ def _quiet_native_log() -> None:
     if sys.stderr.fileno() != 2:
         return
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-    if faulthandler.is_enabled():
+    if faulthandler.is_enabled():  # it, too, writes to descriptor 2
         faulthandler.enable(sys.stderr)
     log = Path(tempfile.gettempdir()) / f"defectmap-ray-{os.getpid()}.log"
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)

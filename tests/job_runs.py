@@ -34,7 +34,7 @@ TINY = [
 ]
 TEXTURES = ("brick", "gravel")
 JOB_S = 600
-"""Nothing takes a tenth of it on a quiet machine."""
+"""Far more than anything takes on a quiet machine."""
 
 
 def job(name: str, *arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -47,8 +47,11 @@ def job(name: str, *arguments: object, env: dict[str, str] | None = None) -> sub
             output, errors = process.communicate(timeout=JOB_S)
         except subprocess.TimeoutExpired as expired:
             process.send_signal(signal.SIGABRT)
-            output, errors = process.communicate()
+            output, errors = process.communicate(timeout=30)
             raise AssertionError(f"{name} hangs:\n{output}{errors}") from expired
+        except BaseException:
+            process.kill()
+            raise
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 

@@ -65,6 +65,11 @@ MISTAKES = {
         ["--archives", "{data}", "--models", "{tmp}/m", "--results", "{tmp}/r", "--stall-minutes", "0"],
         "choose more than 0",
     ),
+    "no number of minutes": (
+        "reconstruct",
+        ["--images", "{data}", "--models", "{tmp}/m", "--output", "{tmp}/r", "--stall-minutes", "nan"],
+        "choose more than 0",
+    ),
     "no results to compact": ("compact", ["--results", "{tmp}/r"], "does not exist"),
     "no such question": ("query", ["--results", "{tmp}", "--name", "best"], "nightly-summary"),
     "nothing to report": ("report", ["--results", "{tmp}", "--output", "{tmp}/page.html"], "score_archives.py"),

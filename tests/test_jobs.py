@@ -79,11 +79,11 @@ def scored(ray_node: dict[str, str], models: Path, night: Path, tmp_path_factory
 def test_a_night_that_hangs_ends_and_is_free_again(
     ray_node: dict[str, str], models: Path, night: Path, tmp_path: Path
 ) -> None:
-    # No actor starts in so short a time.
+    # No worker starts in so short a time.
     arguments = ["--archives", night, "--models", models, "--results", tmp_path, "--night", "2026-01-31"]
     hung = job("score_archives", *arguments, "--stall-minutes", 0.002, env=ray_node)
     assert (hung.returncode, hung.stderr) == (75, ""), hung.stdout + hung.stderr
-    assert hung.stdout.splitlines()[-1] == "stopped: nothing was done for 0.002 minutes; run the same command again"
+    assert hung.stdout.splitlines()[-1] == "stopped: nothing went on for 0.002 minutes; run the same command again"
     assert not list((tmp_path / "locks").iterdir())
 
 
