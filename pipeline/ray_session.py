@@ -20,6 +20,10 @@ from pipeline.memory import ONE_HEAP
 from pipeline.resources import Node, Resources
 from pipeline.threads import wait_briefly
 
+START_AT_ONCE = "RAY_prestart_worker_first_driver", "0"
+"""For Ray where it starts. Its first driver would wait until a worker has started for every CPU, and for ever when one of them
+does not come up (ray-project/ray#40131)."""
+
 
 @contextmanager
 def ray_session() -> Iterator[Resources]:
@@ -32,6 +36,7 @@ def ray_session() -> Iterator[Resources]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     wait_briefly()  # and so will the workers of a Ray that starts here
     os.environ.setdefault(*ONE_HEAP)
+    os.environ.setdefault(*START_AT_ONCE)
     warnings.filterwarnings("ignore", module=r"ray\..*")
     remote = os.environ.get("RAY_ADDRESS", "local") != "local"
     _quiet_native_log()

@@ -16,6 +16,7 @@ from uuid import uuid4
 import psutil
 import requests
 
+from pipeline.ray_session import START_AT_ONCE
 from tests.job_runs import JOB_S, ROOT
 from tests.seaweed_server import free_ports
 
@@ -51,8 +52,9 @@ def one_node(folder: Path) -> Iterator[dict[str, str]]:
     command = [RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=1", "--include-dashboard=false"]
     command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats"]
     command += ["--object-store-memory=200000000", f"--temp-dir={folder}"]
+    environment = os.environ | found | dict([START_AT_ONCE]) | {"RAY_ADDRESS": ""}
     with (folder / "node.log").open("wb") as log:
-        process = subprocess.Popen(command, env=os.environ | found | {"RAY_ADDRESS": ""}, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
             deadline = time.monotonic() + START_S
             while not (folder / "session_latest/sockets/raylet").exists():
@@ -71,7 +73,7 @@ def ray_cluster(folder: Path, environment: dict[str, str]) -> Iterator[RayCluste
     user = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "RAY_"))}
     user |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid4().hex, "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # jobs say "python"
-    node = {**user, **environment, "RAY_ADDRESS": f"127.0.0.1:{gcs}", "PATH": path}
+    node = {**user, **environment, **dict([START_AT_ONCE]), "RAY_ADDRESS": f"127.0.0.1:{gcs}", "PATH": path}
     head = ["--head", f"--port={gcs}", "--num-cpus=0", f"--dashboard-port={dashboard}"]
     head += ["--include-dashboard=true", f"--ray-client-server-port={client}", "--disable-usage-stats"]
     worker = [f"--address=127.0.0.1:{gcs}", "--num-cpus=1"]
