@@ -81,13 +81,13 @@ PRESETS: dict[PresetName, Config] = {
         training=SHORT_TRAINING.model_copy(update={"feature_weight": STUDIED_FEATURE_WEIGHT}),
         scoring=STUDIED_SCORING,
     ),
-    # For textures: restored photographs beside the given ones, conditioned; blur guidance would double the time. Smoothing and
-    # image score are the published method's; what calibration leaves open every model chooses by itself.
+    # For textures: restored photographs beside the given ones, conditioned; blur guidance would double the time. Smoothing is the
+    # published method's; what calibration leaves open every model chooses by itself.
     "texture": Config(
         preset="texture",
         network=SMALL_NETWORK,
         features=FeatureConfig(input_size=512, grid=64, neighbourhood=5),
-        training=SHORT_TRAINING,
+        training=SHORT_TRAINING.model_copy(update={"feature_weight": STUDIED_FEATURE_WEIGHT}),
         scoring=ScoringConfig(
             method="restoration",
             restoration=RestorationConfig(guidance=0.0),
@@ -97,8 +97,10 @@ PRESETS: dict[PresetName, Config] = {
             pixel="gaussian",
             prediction="select",
             covariance="select",
+            place_turns=None,
+            kinds=512,
             map_sigma=4.0,
-            top_pixels=1,
+            top_pixels=None,
         ),
     ),
     # A Gaussian of normal features at each place, after PaDiM (Defard et al. 2021), as a baseline: no training, and a network
