@@ -91,6 +91,7 @@ def disturbed(
         output, _ = run.communicate(timeout=JOB_S)
         if run.returncode == 0:
             return starts, [*targets][: len(targets) - len(waiting)]
+        sys.stdout.write(f"start {starts} ended with {run.returncode}:\n{output}")
         if starts > 3 + len(targets):
             raise AssertionError(f"not done after {starts} starts:\n{output}")
 
