@@ -165,7 +165,7 @@ def test_ways_of_scoring_have_their_own_pixel_branches():
         ("gaussian", "scoring.place_reach=9", "less than or equal to 8"),
         ("demo", "scoring.place_turns=true", 'needs scoring.covariance "place", "kind" or "select"'),
         ("fast", "scoring.place_turns=true scoring.prediction=subtract", 'scoring.prediction other than "subtract"'),
-        ("texture", "scoring.covariance=kind scoring.prediction=ignore", "needs scoring.kinds"),
+        ("texture", "scoring.covariance=kind scoring.prediction=ignore scoring.kinds=0", "needs scoring.kinds"),
         ("fast", "scoring.covariance=kind", 'scoring.prediction = "ignore"'),
         ("gaussian", "scoring.prediction=subtract", 'and scoring.prediction = "ignore"'),
     ):
@@ -174,9 +174,10 @@ def test_ways_of_scoring_have_their_own_pixel_branches():
 
 
 def test_digests_leave_out_what_a_way_of_scoring_does_not_look_at():
-    texture = load_config("texture")
+    former = "training.feature_weight=1 scoring.place_turns=false scoring.kinds=0 scoring.top_pixels=1".split()
+    texture = load_config("texture", former)
     assert texture.digest() == "ffed4e33692a", "models of earlier releases count as trained with what they knew"
-    assert texture.digest() != load_config("texture", ["scoring.place_reach=1"]).digest()
+    assert texture.digest() != load_config("texture", [*former, "scoring.place_reach=1"]).digest()
     then = ["training.feature_weight=1", "features.context_stages=[4]"]
     general = [*then, "scoring.covariance=general", "scoring.context_weight=0"]
     for unasked in ("scoring.place_reach=0", "scoring.place_turns=false", "scoring.context_cells=7", "scoring.kinds=7"):
