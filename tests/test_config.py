@@ -174,7 +174,7 @@ def test_ways_of_scoring_have_their_own_pixel_branches():
 
 
 def test_digests_leave_out_what_a_way_of_scoring_does_not_look_at():
-    former = "training.feature_weight=1 scoring.place_turns=false scoring.kinds=0 scoring.top_pixels=1".split()
+    former = ["training.feature_weight=1", "scoring.place_turns=false", "scoring.kinds=0", "scoring.top_pixels=1"]
     texture = load_config("texture", former)
     assert texture.digest() == "ffed4e33692a", "models of earlier releases count as trained with what they knew"
     assert texture.digest() != load_config("texture", [*former, "scoring.place_reach=1"]).digest()
