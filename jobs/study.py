@@ -108,7 +108,7 @@ def study_category(
             except ImageError as error:
                 raise UserError(f"{record.mask}: {error}: replace it") from error
     implants = judged_images(normal[held_out], config.training.seed)
-    measures = fit_measures(scorer, normal[training])
+    measures = [taught.measure for taught in fit_measures(scorer, normal[training])]
     rows = []
     for judged in (implants, Judged(labelled, masks, np.ones((1, len(labelled)), bool))):
         candidates = measured(scorer, measures, normal[held_out], judged.images)

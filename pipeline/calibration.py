@@ -1,7 +1,8 @@
 """What normal photographs teach a scorer: Gaussians, kept cells, statistics, thresholds, and what implanted defects decide.
 
 Nothing here looks at a labelled defect. Gaussians and cells come from the training photographs, everything else from held-out
-ones: measured on the images that shaped it, a Gaussian would promise fewer false alarms than it keeps.
+ones, thresholds from training photographs, too, that are held out in turn: measured on the images that shaped it, a Gaussian
+would promise fewer false alarms than it keeps.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from functools import cache
 
 import numpy as np
 import torch
-from scipy import special, stats
 
 from pipeline.choice import Candidate, Choice, judge, judged_images
 from pipeline.config import ScoringConfig
-from pipeline.measures import evidence_of, fit_measures
-from pipeline.scoring import BranchMaps, Calibration, Measure, Scorer, distance_from
+from pipeline.cross_fitting import cross_fitted
+from pipeline.measures import Taught, evidence_of, fit_measures
+from pipeline.scoring import BranchMaps, Calibration, Measure, ScoredImages, Scorer, distance_from
+from pipeline.thresholds import Bound, false_alarm_bound
 
 SMALLEST_DEVIATION = 1e-6
 """Stands in for no deviation at all."""
@@ -39,26 +41,27 @@ def calibrate(
     """
     judged = judged_images(held_out_nhwc, scorer.config.training.seed)
     tried: list[Choice] = []
-    best: tuple[Choice, Calibration] | None = None
+    best: tuple[Choice, Calibration, Taught] | None = None
     ordered = sorted(variants or (scorer.config.scoring,), key=_early)
     for _, group in itertools.groupby(ordered, key=_early):
         # One group at a time: its Gaussians and maps are large.
+        ways: list[Taught] = []
         candidates: list[Candidate] = []
         for scoring in group:
             scorer.configure(scorer.config.model_copy(update={"scoring": scoring}))
-            candidates = candidates or measured(
-                scorer, fit_measures(scorer, training_nhwc), held_out_nhwc, judged.images
-            )
-            for candidate in candidates:
+            ways = ways or fit_measures(scorer, training_nhwc)
+            measures = [taught.measure for taught in ways]
+            candidates = candidates or measured(scorer, measures, held_out_nhwc, judged.images)
+            for candidate, taught in zip(candidates, ways, strict=True):
                 for choice in judge(scorer, candidate, judged):
                     tried.append(choice)
                     if best is None or choice.merit > best[0].merit:
-                        best = choice, candidate.calibration
+                        best = choice, candidate.calibration, taught
     assert best is not None
-    choice, calibration = best
+    choice, calibration, taught = best
     scorer.configure(scorer.config.model_copy(update={"scoring": choice.scoring}))
     scorer.calibration = replace(calibration, alpha=choice.alpha, top_pixels=choice.top_pixels)
-    _set_thresholds(scorer, scorer.calibration, held_out_nhwc)
+    _set_thresholds(scorer, scorer.calibration, taught, held_out_nhwc, training_nhwc)
     return sorted(tried, key=lambda choice: -choice.merit)
 
 
@@ -67,20 +70,31 @@ def _early(scoring: ScoringConfig) -> str:
     return scoring.model_dump_json(exclude=set(LATE))
 
 
-def _set_thresholds(scorer: Scorer, calibration: Calibration, held_out_nhwc: np.ndarray) -> None:
+def _set_thresholds(
+    scorer: Scorer, calibration: Calibration, taught: Taught, held_out_nhwc: np.ndarray, training_nhwc: np.ndarray
+) -> None:
     rate = scorer.config.scoring.false_alarm_rate
-    normal = scorer.score(held_out_nhwc)
-    peaks = normal.maps.reshape(len(held_out_nhwc), -1).max(1).astype(np.float64)
-    threshold = prediction_bound(normal.scores, rate)
-    low, high = exceedance_interval(normal.scores, threshold)
+    held_out = scorer.score(held_out_nhwc)
+    # The larger bound: held-out photographs are few, but should the network know the others by heart, only these tell.
+    samples = [[held_out], list(cross_fitted(scorer, taught, training_nhwc))]
+    of_images = max(_bound([part.scores for part in sample], rate) for sample in samples)
+    of_pixels = max(_bound([_peaks(part) for part in sample], rate) for sample in samples)
     scorer.calibration = replace(
         calibration,
-        normal_scores=torch.from_numpy(np.sort(normal.scores)).float(),
-        threshold=threshold,
-        pixel_threshold=prediction_bound(peaks, rate),
-        false_alarms_low=low,
-        false_alarms_high=high,
+        normal_scores=torch.from_numpy(np.sort(held_out.scores)).float(),
+        threshold=of_images.value,
+        pixel_threshold=of_pixels.value,
+        false_alarms_low=of_images.low,
+        false_alarms_high=of_images.high,
     )
+
+
+def _bound(values: list[np.ndarray], rate: float) -> Bound:
+    return false_alarm_bound(np.concatenate(values), rate)
+
+
+def _peaks(found: ScoredImages) -> np.ndarray:
+    return found.maps.reshape(len(found.maps), -1).max(1).astype(np.float64)
 
 
 def measured(
@@ -138,28 +152,3 @@ def _maxima(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What divides by the largest value of normal images: nothing to subtract, and the maxima of maps (N, T, s, s)."""
     maxima = maps.amax((0, 2, 3)).clamp(min=SMALLEST_DEVIATION)
     return torch.zeros_like(maxima), maxima
-
-
-def prediction_bound(values: np.ndarray, rate: float) -> float:
-    """Upper bound that a further value exceeds with probability `rate`: Student's one-sided prediction interval.
-
-    values float (n,), n >= 2. Wider than a normal law's quantile, because mean and deviation come from only n values.
-    """
-    n = len(values)
-    quantile = stats.t.ppf(1 - rate, n - 1)
-    return float(values.mean() + quantile * values.std(ddof=1) * np.sqrt(1 + 1 / n))
-
-
-def exceedance_interval(values: np.ndarray, bound: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of the probability that a further value exceeds `bound`, if values follow a normal law.
-
-    values float (n,), n >= 2, not all equal, else (0, 1). Owen 1968: sqrt(n) (bound - mean) / deviation is noncentral t with
-    n - 1 degrees of freedom and noncentrality sqrt(n) z, where z is the true quantile of the bound.
-    """
-    n, deviation = len(values), values.std(ddof=1)
-    if deviation == 0:
-        return 0.0, 1.0
-    statistic = np.sqrt(n) * (bound - values.mean()) / deviation
-    tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
-    low, high = sorted(stats.norm.sf(special.nctdtrinc(n - 1, tails, statistic) / np.sqrt(n)))
-    return float(low), float(high)

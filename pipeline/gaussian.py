@@ -94,6 +94,14 @@ class Moments:
         self.total = self.total + samples.sum(1)
         self.outer = self.outer + torch.bmm(samples.transpose(1, 2), samples)
 
+    def without(self, batches: Iterable[Tensor]) -> Moments:
+        """As if batches (N, C, G, G) had never been taken into account, and not the last."""
+        part, rest = (Moments(self.projection, by_place=self.by_place) for _ in range(2))
+        for cells in batches:
+            part.add(cells)
+        rest.count, rest.total, rest.outer = self.count - part.count, self.total - part.total, self.outer - part.outer
+        return rest
+
     def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
         """(P, d) and (P, d, d)."""
         assert isinstance(self.total, Tensor) and isinstance(self.outer, Tensor), "at least one batch"

@@ -6,6 +6,8 @@ direction, which show little twice at the same place but the same things all ove
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +46,10 @@ class KindGaussians:
     """(K, d, d): inverse Cholesky factors of the covariances of projected vectors."""
 
     covariance = "kind"
+
+    def __post_init__(self) -> None:
+        # However it comes, in the layout in which products round alike however many there are at once, on every CPU seen.
+        object.__setattr__(self, "whitening", self.whitening.mT.contiguous().mT)
 
     def distance(self, cells: Tensor) -> Tensor:
         """Least squared Mahalanobis distance over d from `ASKED` kinds, (N, C, G, G) -> (N, G, G): about 1 for normal cells."""
@@ -120,6 +126,16 @@ class KindMoments:
         groups = Grouped.by(kinds, len(self.centres))
         together = groups.side_by_side(centred)
         self.outer.index_add_(0, groups.kinds, torch.bmm(together.mT, together))
+
+    def without(self, batches: Iterable[Tensor]) -> KindMoments:
+        """As if batches (N, C, G, G) had never been taken into account; which kinds there are stays."""
+        part = copy(self)
+        part.count, part.total, part.outer = (torch.zeros_like(sums) for sums in (self.count, self.total, self.outer))
+        for cells in batches:
+            part.add(cells)
+        rest = copy(self)
+        rest.count, rest.total, rest.outer = self.count - part.count, self.total - part.total, self.outer - part.outer
+        return rest
 
     def _of(self, found: Tensor) -> Tensor:
         return nearest_kinds(found, self.centres, 1)[:, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +39,16 @@ Vectors = Callable[[Evidence], list[Tensor]]
 """What Gaussians measure of an image's features: with the prediction subtracted, or not, or both."""
 
 
+class Taught(NamedTuple):
+    """A measure, and the sums that its Gaussians come from, from which photographs can be taken out again."""
+
+    measure: Measure
+    pixel: Moments | None
+    """Of the pixel branch at each place, where a Gaussian measures it."""
+    feature: Moments | KindMoments | None
+    """Of features at each place or of each kind. None where all places share a Gaussian, to which no photograph adds much."""
+
+
 class Learning(NamedTuple):
     """Gaussians of features in the making."""
 
@@ -49,12 +60,13 @@ class Learning(NamedTuple):
     turned: bool
     """Whether they are one, perhaps another, as taught by turned photographs, too."""
 
-    def gaussians(self) -> NormalGaussian | KindGaussians:
-        """What was learned so far."""
-        return kind_gaussians(self.moments) if isinstance(self.moments, KindMoments) else place_gaussians(self.moments)
+
+def gaussians_of(moments: Moments | KindMoments) -> NormalGaussian | KindGaussians:
+    """Those of each place or of each kind."""
+    return kind_gaussians(moments) if isinstance(moments, KindMoments) else place_gaussians(moments)
 
 
-def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Measure]:
+def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Taught]:
     """The measures that the config allows, taught by training photographs, uint8 (n, map_size, map_size, 3)."""
     scoring = scorer.config.scoring
     subtract = {"subtract": [True], "ignore": [False], "select": [True, False]}[scoring.prediction]
@@ -67,17 +79,25 @@ def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Measure]:
     of_pixels, generals = _general_gaussians(scorer, training_nhwc, len(subtract), vectors)
     learning = _begun(scorer, training_nhwc, dict(zip(subtract, generals, strict=True)))
     with_context = bool(subtract and scorer.config.features.context_stages and scoring.context_weight != 0)
-    pixel, context = _of_all_photographs(scorer, training_nhwc, of_pixels, learning, with_context)
+    pixels, context = _of_all_photographs(scorer, training_nhwc, of_pixels, learning, with_context)
+    pixel = place_gaussians(pixels) if pixels else None
     if not subtract:
-        return [Measure(pixel, None, True)]
-    details = []
+        return [Taught(Measure(pixel, None, True), pixels, None)]
+
+    def learned(each: Learning, *, turned: bool) -> Taught:
+        measure = Measure(pixel, gaussians_of(each.moments), each.subtracted, turned=turned)
+        return Taught(measure, pixels, copy(each.moments))  # which may go on learning
+
+    found = []
     if scoring.covariance in ("general", "select"):
-        details += [Measure(pixel, *pair) for pair in zip(generals, subtract, strict=True)]
-    details += [Measure(pixel, each.gaussians(), each.subtracted) for each in learning if each.lying]
-    if turned := [each for each in learning if each.turned]:
-        _add_turned(scorer, training_nhwc, turned)
-        details += [Measure(pixel, each.gaussians(), each.subtracted, turned=True) for each in turned]
-    return [mixed for measure in details for mixed in _mixtures(scoring, measure, context)]
+        found += [Taught(Measure(pixel, *pair), pixels, None) for pair in zip(generals, subtract, strict=True)]
+    found += [learned(each, turned=False) for each in learning if each.lying]
+    if turning := [each for each in learning if each.turned]:
+        for features in features_of_turned(scorer, training_nhwc):
+            for each in turning:
+                each.moments.add(features)
+        found += [learned(each, turned=True) for each in turning]
+    return [taught._replace(measure=mixed) for taught in found for mixed in _mixtures(scoring, taught.measure, context)]
 
 
 def evidence_of(scorer: Scorer, images_nhwc: np.ndarray) -> Iterator[Evidence]:
@@ -157,8 +177,8 @@ def _of_all_photographs(
     of_pixels: NormalGaussian | None,
     learning: Sequence[Learning],
     with_context: bool,
-) -> tuple[NormalGaussian | None, NearestNormal | None]:
-    """What takes all photographs: the pixel branch's Gaussian for each place, whitened by the given one for all places, and the
+) -> tuple[Moments | None, NearestNormal | None]:
+    """What takes all photographs: sums of the pixel branch at each place, whitened by the given Gaussian of all places, and the
     cells that are kept of the context; Gaussians of features learn on the way."""
     if of_pixels is None and not learning and not with_context:
         return None, None
@@ -172,18 +192,13 @@ def _of_all_photographs(
         if sampled is not None:
             assert evidence.context is not None, "an extractor with context stages"
             sampled.add(evidence.context)
-    return (
-        place_gaussians(pixels) if pixels else None,
-        _context(scorer, sampled.samples()) if sampled else None,
-    )
+    return pixels, _context(scorer, sampled.samples()) if sampled else None
 
 
-def _add_turned(scorer: Scorer, training_nhwc: np.ndarray, learning: Sequence[Learning]) -> None:
-    """Take the features of photographs in the other directions into account."""
+def features_of_turned(scorer: Scorer, images_nhwc: np.ndarray) -> Iterator[Tensor]:
+    """The features of images in the other directions, batch by batch."""
     for turn in range(1, TURNS):
-        for features in _features_of(scorer, np.rot90(training_nhwc, turn, axes=(1, 2))):
-            for each in learning:
-                each.moments.add(features)
+        yield from _features_of(scorer, np.rot90(images_nhwc, turn, axes=(1, 2)))
 
 
 def _features_of(scorer: Scorer, images_nhwc: np.ndarray) -> Iterator[Tensor]:

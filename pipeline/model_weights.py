@@ -27,6 +27,7 @@ from pipeline.storage import Location
 _TENSORS = ("pixel_mean", "pixel_std", "feature_mean", "feature_std", "normal_scores")
 _NUMBERS = ("alpha", "top_pixels", "threshold", "pixel_threshold", "false_alarms_low", "false_alarms_high")
 _GAUSSIANS = ("pixel", "feature")
+_CONTEXT = ("scale", "cells")
 _HEAD = "denoiser.unet.feature_head.2"
 _PREDICTED = ("denoiser.feature_mean", "denoiser.feature_std", f"{_HEAD}.weight", f"{_HEAD}.bias")
 """Tensors with one entry per channel that the network predicts."""
@@ -54,7 +55,7 @@ def save_model(
             if len(gaussian.whitening) > 1:  # rounded to this when fitted; the largest part of a model
                 tensors[f"{branch}_gaussian.whitening"] = gaussian.whitening.half()
     if measure.context is not None:
-        tensors |= {f"context.{name}": tensor for name, tensor in asdict(measure.context).items()}
+        tensors |= {f"context.{name}": getattr(measure.context, name) for name in _CONTEXT}
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     (folder / "weights.safetensors").write_bytes(save_tensors(plain))
     (folder / "model.json").write_json(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,12 +29,20 @@ class NearestNormal:
     """(C,): channels are multiplied by it."""
     cells: Tensor
     """(M, C): kept cells, scaled."""
+    owners: Tensor | None = None
+    """int64 (M,): the photograph of each, by its place among those that they were chosen from. Stored models forget it."""
 
     def distance(self, cells: Tensor) -> Tensor:
         """Squared distance from the nearest normal cell, (N, C, g, g) -> (N, g, g): about 1 for normal cells."""
         rows = (cells * self.scale[:, None, None]).permute(0, 2, 3, 1).flatten(1, 2)
         # Image by image, so that none's rounding depends on how many there are.
         return torch.stack([nearest_distance(image, self.cells) for image in rows]).unflatten(1, cells.shape[2:])
+
+    def without(self, photographs: np.ndarray) -> NearestNormal:
+        """Without the cells of some photographs, int64 (p,), as long as that leaves any."""
+        assert self.owners is not None, "not of a stored model"
+        others = ~torch.isin(self.owners, torch.from_numpy(photographs).to(self.owners.device))
+        return NearestNormal(self.scale, self.cells[others], self.owners[others]) if others.any() else self
 
 
 def nearest_distance(rows: Tensor, kept: Tensor) -> Tensor:
@@ -82,7 +91,7 @@ def nearest_normal(samples: Tensor, stages: Sequence[int], count: int, seed: int
     # No finer than float32 tells such products apart, where normal cells are all alike.
     finest = FINEST * kept.square().sum(1).mean()
     unit = torch.cat(distances).mean().clamp(min=finest).clamp(min=1e-12).rsqrt()
-    return NearestNormal(scale * unit, kept * unit)
+    return NearestNormal(scale * unit, kept * unit, owners)
 
 
 def spread_out(rows: Tensor, count: int, seed: int) -> Tensor:

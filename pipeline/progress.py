@@ -142,7 +142,7 @@ def model_line(category: str, found: Mapping[str, Any], chosen: Mapping[str, Any
         f"implanted defects {figures} (pixel AUROC / PRO / image AUROC); "
         f"false alarms {100 * found['false_alarm_rate']:g} % requested, 95 % interval "
         f"{100 * found['false_alarms_low']:.2g}-{100 * found['false_alarms_high']:.2g} % "
-        f"from {found['held_out_images']} held-out images if their scores follow a normal law"
+        f"from {found['held_out_images']} held-out images and {found['training_images']} others left out in turn"
     )
 
 

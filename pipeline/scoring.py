@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -221,17 +221,21 @@ class Scorer:
     def score(self, images_nhwc: np.ndarray) -> ScoredImages:
         """Maps and scores of any number of photographs, uint8 (n, map_size, map_size, 3), n >= 1."""
         assert self.calibration is not None, "a scorer without calibration only gives raw maps"
-        batch, count = self.config.scoring.batch_size, self.calibration.top_pixels
-        measure = self.calibration.measure
+        batch = self.config.scoring.batch_size
+        batches = (images_nhwc[start : start + batch] for start in range(0, len(images_nhwc), batch))
+        return self.score_evidence(map(self.evidence, batches), self.calibration)
+
+    def score_evidence(self, batches: Iterable[Evidence], calibration: Calibration) -> ScoredImages:
+        """The same of their evidence, batch by batch, at least one, under a calibration."""
         maps, scores = [], []
-        for start in range(0, len(images_nhwc), batch):
-            found = self.maps(
-                self.branch_maps(self.evidence(images_nhwc[start : start + batch]), measure), self.calibration
-            )
+        for evidence in batches:
+            found = self.maps(self.branch_maps(evidence, calibration.measure), calibration)
             # Everything downstream sees float16: scores are taken from what is stored.
             stored = stored_map(found.combined)
             maps.append(stored.cpu().numpy())
-            branches = [top_means(part.float(), [count]) for part in (stored, found.pixel, found.feature)]
+            branches = [
+                top_means(part.float(), [calibration.top_pixels]) for part in (stored, found.pixel, found.feature)
+            ]
             scores.append(torch.cat(branches).cpu().numpy())
         combined, pixel, feature = np.concatenate(scores, axis=1)
         return ScoredImages(np.concatenate(maps), combined, pixel, feature)

@@ -193,7 +193,8 @@ def store(
     }
     tried = [summary(choice, job.variants) for choice in choices]
     save_model(job.models, category, version, scorer, job.categories if job.config.joint else None, provenance, tried)
-    return _outcome(scorer, version, len(held_out)) | tried[0]
+    counts = {"held_out_images": len(held_out), "training_images": len(training)}
+    return _outcome(scorer, version) | counts | tried[0]
 
 
 def put_in_use(job: TrainingJob, found: dict[str, dict[str, Any]]) -> None:
@@ -207,12 +208,11 @@ def put_in_use(job: TrainingJob, found: dict[str, dict[str, Any]]) -> None:
         outcome["kept_back"] = publish(job.models, category, version, instead_of=replaced.get(category))
 
 
-def _outcome(scorer: Scorer, version: str, held_out: int) -> dict[str, Any]:
+def _outcome(scorer: Scorer, version: str) -> dict[str, Any]:
     calibration = scorer.calibration
     assert calibration is not None
     return {
         "version": version,
-        "held_out_images": held_out,
         "false_alarm_rate": scorer.config.scoring.false_alarm_rate,
         "false_alarms_low": calibration.false_alarms_low,
         "false_alarms_high": calibration.false_alarms_high,

@@ -31,7 +31,7 @@ class Progress:
     seconds: float = 0.0
     """Wall time since its worker started or last started again, as of the last report."""
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By category, once done: version, chosen settings, figures on implanted defects, held-out images, false alarms."""
+    """By category, once done: version, chosen settings, figures on implanted defects, images, false alarms."""
     reason: str | None = None
     """Why it failed, one line."""
     warning: str | None = None

@@ -7,15 +7,17 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from pipeline import measures
-from pipeline.calibration import calibrate, exceedance_interval, measured, prediction_bound
+from pipeline.calibration import calibrate, measured
 from pipeline.choice import ALPHAS, TOP_PIXELS, Judged, implanted, judge, judged_images
+from pipeline.cross_fitting import cross_fitted
 from pipeline.features import FeatureExtractor
 from pipeline.measures import CONTEXT_WEIGHTS, fit_measures
 from pipeline.scoring import BranchMaps, Scorer
 from pipeline.textures import photograph
+from pipeline.thresholds import false_alarm_bound, normal_bound
+from tests.conftest import make_photographs
 
 
 def all_branch_maps(scorer, images):
@@ -23,6 +25,10 @@ def all_branch_maps(scorer, images):
     starts = range(0, len(images), batch)
     parts = [scorer.branch_maps(scorer.evidence(images[start : start + batch]), measure) for start in starts]
     return BranchMaps(*(torch.cat(maps) for maps in zip(*parts, strict=True)))
+
+
+def measures_of(scorer, photographs):
+    return [taught.measure for taught in fit_measures(scorer, photographs)]
 
 
 @pytest.mark.parametrize("covariance", ["none", "general"])
@@ -59,14 +65,17 @@ class HalfBlind(Scorer):
 
     def evidence(self, images_nhwc):
         evidence = super().evidence(images_nhwc)
-        generator = torch.Generator().manual_seed(int(images_nhwc.sum()))
-        noise = {name: torch.rand(getattr(evidence, name).shape, generator=generator) for name in self.blind}
-        vars(evidence).update(noise)  # in the place of what it was made with or would work out
+        # The same for a photograph in any company.
+        generators = [torch.Generator().manual_seed(int(image.sum())) for image in images_nhwc]
+        for name in self.blind:
+            shape = getattr(evidence, name).shape[1:]
+            noise = torch.stack([torch.rand(shape, generator=generator) for generator in generators])
+            vars(evidence)[name] = noise  # in the place of what it was made with or would work out
         return evidence
 
 
 @pytest.mark.parametrize(
-    ("blind", "allowed"), [(("pixel", "denoising"), ALPHAS[:5]), (("feature", "residuals", "features"), ALPHAS[5:])]
+    ("blind", "allowed"), [(("pixel", "denoising"), ALPHAS[:6]), (("feature", "residuals", "features"), ALPHAS[5:])]
 )
 @pytest.mark.parametrize("pixel", ["kl", "gaussian"])
 def test_a_model_trusts_the_branch_that_finds_implanted_defects(
@@ -117,13 +126,39 @@ def test_image_normalisation_scales_kl_by_its_own_image_and_leaves_features(cali
     assert np.isfinite(scorer.calibration.threshold)
 
 
-def test_thresholds_come_from_the_held_out_photographs(scorer, held_out):
-    found = scorer.score(held_out)
+@pytest.mark.parametrize("rate", [0.01, 0.2])
+@pytest.mark.parametrize("covariance", ["general", "place"])
+def test_thresholds_come_from_held_out_photographs_and_those_left_out_in_turn(
+    calibrated, fitted, held_out, photographs, rate, covariance
+):
+    scorer = calibrated(scoring={"false_alarm_rate": rate, "covariance": covariance})
     calibration = scorer.calibration
+    found = scorer.score(held_out)
     np.testing.assert_allclose(calibration.normal_scores, np.sort(found.scores), rtol=1e-6)
-    assert calibration.threshold == pytest.approx(prediction_bound(found.scores, 0.01))
-    peaks = found.maps.reshape(len(held_out), -1).max(axis=1).astype(np.float64)
-    assert calibration.pixel_threshold == pytest.approx(prediction_bound(peaks, 0.01))
+    (taught,) = fit_measures(scorer, photographs)
+    others = list(cross_fitted(scorer, taught, photographs))
+    assert sum(len(part.scores) for part in others) == len(photographs)
+    samples = [found.scores], [part.scores for part in others]
+    bounds = [false_alarm_bound(np.concatenate(sample), rate) for sample in samples]
+    assert calibration.threshold == pytest.approx(max(bound.value for bound in bounds))
+    assert (calibration.threshold, calibration.false_alarms_low, calibration.false_alarms_high) == pytest.approx(
+        max(bounds)
+    )
+    samples = [found.maps], [part.maps for part in others]
+    peaks = [np.concatenate(sample).max(axis=(1, 2)).astype(np.float64) for sample in samples]
+    assert calibration.pixel_threshold == pytest.approx(max(false_alarm_bound(each, rate).value for each in peaks))
+
+
+def test_too_few_held_out_photographs_do_not_decide_alone(fitted, variant, photographs):
+    """They are alike by chance: what the others are like when they are left out, the threshold knows."""
+    denoiser = fitted.result()
+    denoiser.config = variant(scoring={"covariance": "place", "place_dimensions": 7, "false_alarm_rate": 0.05})
+    scorer = Scorer(denoiser, fitted.extractor)
+    calibrate(scorer, photographs[:1].repeat(4, 0), photographs)
+    strange = make_photographs(40, seed=9)
+    assert (scorer.score(strange).scores > scorer.calibration.threshold).mean() < 0.3
+    held_out = scorer.calibration.normal_scores.double().numpy()
+    assert (scorer.score(strange).scores > normal_bound(held_out, 0.05).value).mean() > 0.9
 
 
 def test_a_stricter_false_alarm_rate_raises_both_thresholds(calibrated):
@@ -161,7 +196,7 @@ def test_settings_allow_these_measures(fitted, variant, photographs, settings, e
     monkeypatch.setattr(measures, "PLACES_TELL", 1.0)
     denoiser = fitted.result()
     denoiser.config = variant(scoring=settings | {"place_dimensions": 7})
-    allowed = fit_measures(Scorer(denoiser, fitted.extractor), photographs)
+    allowed = measures_of(Scorer(denoiser, fitted.extractor), photographs)
     assert [(m.pixel and m.pixel.by_place, m.covariance, m.subtract_prediction) for m in allowed] == expected
     for measure in allowed:
         assert measure.context is None
@@ -176,7 +211,7 @@ def test_places_may_reach_and_the_general_gaussian_has_none(fitted, variant, pho
     denoiser = fitted.result()
     denoiser.config = variant(scoring={"place_dimensions": 7, "place_reach": place_reach, "covariance": "select"})
     scorer = Scorer(denoiser, fitted.extractor)
-    measures = fit_measures(scorer, photographs)
+    measures = measures_of(scorer, photographs)
     assert [m.reach for m in measures if m.feature.by_place] + [
         m.reach for m in measures if not m.feature.by_place
     ] == expected
@@ -195,7 +230,7 @@ def test_gaussians_of_places_and_kinds_learn_features_from_photographs_in_four_d
 
     def allowed(place_turns):
         denoiser.config = variant(scoring=settings | {"place_turns": place_turns})
-        found = fit_measures(Scorer(denoiser, fitted.extractor), photographs)
+        found = measures_of(Scorer(denoiser, fitted.extractor), photographs)
         return {(m.subtract_prediction, m.covariance, m.turned): m for m in found}
 
     plain, turned, both = allowed(False), allowed(True), allowed(None)
@@ -226,7 +261,7 @@ def test_kinds_are_a_choice_where_places_tell_little(fitted, variant, photograph
     shown = np.stack([rng.permuted(image.reshape(-1, 3), axis=0).reshape(image.shape) for image in photographs])
     if aligned:
         shown[:, 8:24, 8:24] = 250 - shown[:, 8:24, 8:24] // 4
-    found = {measure.covariance for measure in fit_measures(Scorer(denoiser, fitted.extractor), shown)}
+    found = {measure.covariance for measure in measures_of(Scorer(denoiser, fitted.extractor), shown)}
     assert found == {"general", "place"} | (set() if aligned else {"kind"})
 
 
@@ -308,7 +343,7 @@ def test_marks_and_structure_count_alike_however_many_there_are_of_each(scorer, 
     assert (marks & defective).sum() == 43
     assert (structure & defective).sum() == 13
     assert (marks & structure).sum() == (~defective).sum() == len(normal)
-    (candidate,) = measured(scorer, fit_measures(scorer, photographs), normal, judged.images)
+    (candidate,) = measured(scorer, measures_of(scorer, photographs), normal, judged.images)
 
     def figures(families):
         (choice, *_) = judge(scorer, candidate, Judged(judged.images, judged.masks, families))
@@ -324,39 +359,6 @@ def test_a_family_of_few_images_does_not_count_by_itself(held_out):
     assert family.all()
 
 
-@pytest.mark.parametrize(("count", "rate"), [(4, 0.01), (10, 0.05), (60, 0.01)])
-def test_prediction_bound_keeps_its_rate(count, rate):
-    rng = np.random.default_rng(count)
-    bounds = [prediction_bound(rng.normal(5, 3, count), rate) for _ in range(1500)]
-    # The chance that a further value exceeds each bound, averaged over many calibrations.
-    exceeded = stats.norm.sf(bounds, 5, 3)
-    assert exceeded.mean() == pytest.approx(rate, abs=4 * exceeded.std() / np.sqrt(len(bounds)))
-    assert exceeded.mean() == pytest.approx(rate, rel=0.2)
-
-
-@pytest.mark.parametrize("count", [5, 20])
-def test_exceedance_interval_covers_the_true_rate(count):
-    rng = np.random.default_rng(count)
-    covered, widths = 0, []
-    for _ in range(400):
-        values = rng.normal(5, 3, count)
-        bound = prediction_bound(values, 0.01)
-        low, high = exceedance_interval(values, bound)
-        covered += low <= stats.norm.sf(bound, 5, 3) <= high
-        widths.append(high - low)
-    assert 0.92 <= covered / 400 <= 0.98
-    assert np.mean(widths) > 0.01, "few images promise little"
-
-
-@pytest.mark.parametrize("rate", [0.001, 0.01, 0.1])
-def test_exceedance_interval_is_there_for_every_count(rate):
-    rng = np.random.default_rng(0)
-    for count in range(4, 201):
-        values = rng.normal(5, 3, count)
-        low, high = exceedance_interval(values, prediction_bound(values, rate))
-        assert 0 <= low < rate < high < 1, count
-
-
 def test_photographs_that_are_all_the_same_can_be_calibrated(fitted, variant, photographs):
     denoiser = fitted.result()
     denoiser.config = variant(scoring={"pixel": "gaussian", "covariance": "place", "alpha": None})
@@ -364,10 +366,3 @@ def test_photographs_that_are_all_the_same_can_be_calibrated(fitted, variant, ph
     calibrate(scorer, photographs[:1].repeat(5, 0), photographs[:1].repeat(9, 0))
     assert np.isfinite(scorer.score(photographs[:1]).maps).all()
     assert np.isfinite(scorer.calibration.threshold)
-
-
-def test_exceedance_interval_narrows_with_more_images():
-    values = np.random.default_rng(0).normal(5, 3, 2000)
-    low, high = exceedance_interval(values, prediction_bound(values, 0.05))
-    assert 0.03 < low < 0.05 < high < 0.07
-    assert exceedance_interval(np.full(9, 2.0), 2.0) == (0.0, 1.0)

@@ -46,7 +46,8 @@ def random_scorer(config: Config, device: torch.device) -> Scorer:
             parameter.add_(0.02 * torch.randn_like(parameter))
     scorer = Scorer(denoiser, extractor, device=device, label=0 if config.joint else None)
     normal = photographs(NORMAL_IMAGES, config.scoring.map_size)
-    (candidate,) = measured(scorer, fit_measures(scorer, normal), normal, normal[:1])
+    (taught,) = fit_measures(scorer, normal)
+    (candidate,) = measured(scorer, [taught.measure], normal, normal[:1])
     calibration = replace(
         candidate.calibration, alpha=config.scoring.alpha or 0.0, top_pixels=config.scoring.top_pixels or TOP_PIXELS
     )

@@ -1,0 +1,65 @@
+"""Bounds that few normal photographs exceed, from the values of those at hand, and how sure that is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import special, stats
+
+CONFIDENCE = 0.95
+TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+
+
+class Bound(NamedTuple):
+    """An upper bound, and the 95 % confidence interval of the probability that a further value exceeds it."""
+
+    value: float
+    low: float
+    high: float
+
+
+def false_alarm_bound(values: np.ndarray, rate: float) -> Bound:
+    """Bound that a further value exceeds with probability `rate` at most: by rank where there are enough values for that.
+
+    values float (n,), n >= 2.
+    """
+    return rank_bound(values, rate) or normal_bound(values, rate)
+
+
+def rank_bound(values: np.ndarray, rate: float) -> Bound | None:
+    """Wilks 1941: the k-th largest of n values, which a further one exceeds with probability k / (n + 1), whatever their law.
+
+    That probability of the bound at hand has Beta's law with k and n + 1 - k. None where it takes more than n values.
+    """
+    n = len(values)
+    # No more than rounding may take from what is a whole number.
+    k = int(rate * (n + 1) * (1 + 1e-12))
+    if k < 1:
+        return None
+    low, high = stats.beta.ppf(TAILS, k, n + 1 - k)
+    return Bound(float(np.partition(values, n - k)[n - k]), float(low), float(high))
+
+
+def normal_bound(values: np.ndarray, rate: float) -> Bound:
+    """Student's one-sided prediction interval: what a further value exceeds with probability `rate`, if values follow a normal
+    law. Wider than that law's quantile, because mean and deviation come from only n values.
+    """
+    n = len(values)
+    quantile = stats.t.ppf(1 - rate, n - 1)
+    bound = float(values.mean() + quantile * values.std(ddof=1) * np.sqrt(1 + 1 / n))
+    return Bound(bound, *exceedance_interval(values, bound))
+
+
+def exceedance_interval(values: np.ndarray, bound: float) -> tuple[float, float]:
+    """Interval of the probability that a further value exceeds `bound`, if values follow a normal law.
+
+    values float (n,), n >= 2, not all equal, else (0, 1). Owen 1968: sqrt(n) (bound - mean) / deviation is noncentral t with
+    n - 1 degrees of freedom and noncentrality sqrt(n) z, where z is the true quantile of the bound.
+    """
+    n, deviation = len(values), values.std(ddof=1)
+    if deviation == 0:
+        return 0.0, 1.0
+    statistic = np.sqrt(n) * (bound - values.mean()) / deviation
+    low, high = sorted(stats.norm.sf(special.nctdtrinc(n - 1, np.array(TAILS), statistic) / np.sqrt(n)))
+    return float(low), float(high)
