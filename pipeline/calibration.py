@@ -11,16 +11,17 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from pipeline.choice import Candidate, Choice, judge, judged_images
 from pipeline.config import ScoringConfig
-from pipeline.cross_fitting import cross_fitted
+from pipeline.cross_fitting import cross_fitted, scored_places
 from pipeline.measures import Taught, evidence_of, fit_measures
 from pipeline.scoring import BranchMaps, Calibration, Measure, ScoredImages, Scorer, distance_from
-from pipeline.thresholds import Bound, false_alarm_bound
+from pipeline.thresholds import false_alarm_bound, known_by_heart
 
 SMALLEST_DEVIATION = 1e-6
 """Stands in for no deviation at all."""
@@ -28,19 +29,45 @@ LATE = ("alpha", "map_sigma", "top_pixels")
 """Scoring settings that change nothing before the branches are combined."""
 
 
+class Calibrated(NamedTuple):
+    """What calibrating finds beside what it leaves in the scorer."""
+
+    choices: list[Choice]
+    """All ways of scoring that were tried, best first."""
+    held_out_scores: np.ndarray
+    """float64 (n,): the image scores of the held-out photographs."""
+    training_scores: np.ndarray
+    """float64 (m,): those of the training photographs under what the others taught; nan where that was not asked."""
+
+
 def calibrate(
     scorer: Scorer,
     held_out_nhwc: np.ndarray,
     training_nhwc: np.ndarray,
     variants: Sequence[ScoringConfig] = (),
-) -> list[Choice]:
+) -> Calibrated:
     """Calibrate a scorer on normal photographs, uint8 (n, map_size, map_size, 3), and leave the result in it.
 
     Of the `variants` of its scoring settings (by default only its own), and of what they leave open (null or "select"), the
-    way that finds implanted defects best is kept. n >= 2 photographs are held out. Returns all that was tried, best first.
+    way that finds implanted defects best is kept. n >= 2 photographs are held out.
     """
-    judged = judged_images(held_out_nhwc, scorer.config.training.seed)
     tried: list[Choice] = []
+    choice, calibration, taught = _best(scorer, held_out_nhwc, training_nhwc, variants, tried)
+    scorer.configure(scorer.config.model_copy(update={"scoring": choice.scoring}))
+    scorer.calibration = replace(calibration, alpha=choice.alpha, top_pixels=choice.top_pixels)
+    scores = _set_thresholds(scorer, scorer.calibration, taught, held_out_nhwc, training_nhwc)
+    return Calibrated(sorted(tried, key=lambda choice: -choice.merit), *scores)
+
+
+def _best(
+    scorer: Scorer,
+    held_out_nhwc: np.ndarray,
+    training_nhwc: np.ndarray,
+    variants: Sequence[ScoringConfig],
+    tried: list[Choice],
+) -> tuple[Choice, Calibration, Taught]:
+    """The way of scoring that finds implanted defects best; what was tried is added to `tried`."""
+    judged = judged_images(held_out_nhwc, scorer.config.training.seed)
     best: tuple[Choice, Calibration, Taught] | None = None
     ordered = sorted(variants or (scorer.config.scoring,), key=_early)
     for _, group in itertools.groupby(ordered, key=_early):
@@ -58,11 +85,7 @@ def calibrate(
                     if best is None or choice.merit > best[0].merit:
                         best = choice, candidate.calibration, taught
     assert best is not None
-    choice, calibration, taught = best
-    scorer.configure(scorer.config.model_copy(update={"scoring": choice.scoring}))
-    scorer.calibration = replace(calibration, alpha=choice.alpha, top_pixels=choice.top_pixels)
-    _set_thresholds(scorer, scorer.calibration, taught, held_out_nhwc, training_nhwc)
-    return sorted(tried, key=lambda choice: -choice.merit)
+    return best
 
 
 def _early(scoring: ScoringConfig) -> str:
@@ -72,29 +95,31 @@ def _early(scoring: ScoringConfig) -> str:
 
 def _set_thresholds(
     scorer: Scorer, calibration: Calibration, taught: Taught, held_out_nhwc: np.ndarray, training_nhwc: np.ndarray
-) -> None:
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the image scores of both, as `Calibrated` has them."""
     rate = scorer.config.scoring.false_alarm_rate
-    held_out = scorer.score(held_out_nhwc)
-    # The larger bound: held-out photographs are few, but should the network know the others by heart, only these tell.
-    samples = [[held_out], list(cross_fitted(scorer, taught, training_nhwc))]
-    of_images = max(_bound([part.scores for part in sample], rate) for sample in samples)
-    of_pixels = max(_bound([_peaks(part) for part in sample], rate) for sample in samples)
+    held_out, others = [scorer.score(held_out_nhwc)], list(cross_fitted(scorer, taught, training_nhwc))
+    usable = bool(others) and not known_by_heart(_scores(held_out), _scores(others))
+    normal = held_out + others if usable else held_out
+    scores = _scores(normal)
+    of_images = false_alarm_bound(scores, rate)
+    peaks = np.concatenate([part.maps.reshape(len(part.maps), -1).max(1) for part in normal]).astype(np.float64)
     scorer.calibration = replace(
         calibration,
-        normal_scores=torch.from_numpy(np.sort(held_out.scores)).float(),
+        normal_scores=torch.from_numpy(np.sort(scores)).float(),
         threshold=of_images.value,
-        pixel_threshold=of_pixels.value,
+        pixel_threshold=false_alarm_bound(peaks, rate).value,
         false_alarms_low=of_images.low,
         false_alarms_high=of_images.high,
     )
+    of_training = np.full(len(training_nhwc), np.nan)
+    if others:
+        of_training[scored_places(len(training_nhwc))] = _scores(others)
+    return _scores(held_out), of_training
 
 
-def _bound(values: list[np.ndarray], rate: float) -> Bound:
-    return false_alarm_bound(np.concatenate(values), rate)
-
-
-def _peaks(found: ScoredImages) -> np.ndarray:
-    return found.maps.reshape(len(found.maps), -1).max(1).astype(np.float64)
+def _scores(parts: list[ScoredImages]) -> np.ndarray:
+    return np.concatenate([part.scores for part in parts])
 
 
 def measured(

@@ -182,7 +182,7 @@ class ScoringConfig(Section):
     """The image score is the mean of this many largest map values. null: each model takes the number that tells photographs
     with implanted defects from normal ones best."""
     false_alarm_rate: float = Field(0.01, gt=0, lt=0.5)
-    """Share of normal images that may be called anomalous; sets the threshold from held-out normal images."""
+    """Share of normal images that may be called anomalous; sets the threshold from the scores of normal images."""
     batch_size: int = Field(8, ge=1)
     """Images per forward pass. Fixed (short batches are padded), so that a score never depends on its neighbours."""
 

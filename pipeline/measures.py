@@ -46,7 +46,7 @@ class Taught(NamedTuple):
     pixel: Moments | None
     """Of the pixel branch at each place, where a Gaussian measures it."""
     feature: Moments | KindMoments | None
-    """Of features at each place or of each kind. None where all places share a Gaussian, to which no photograph adds much."""
+    """Of features, where a Gaussian measures them; where all places share one, of the photographs at `general_places` alone."""
 
 
 class Learning(NamedTuple):
@@ -62,8 +62,10 @@ class Learning(NamedTuple):
 
 
 def gaussians_of(moments: Moments | KindMoments) -> NormalGaussian | KindGaussians:
-    """Those of each place or of each kind."""
-    return kind_gaussians(moments) if isinstance(moments, KindMoments) else place_gaussians(moments)
+    """Those of each kind or of each place, or that of all places."""
+    if isinstance(moments, KindMoments):
+        return kind_gaussians(moments)
+    return place_gaussians(moments) if moments.by_place else general_gaussian(moments)
 
 
 def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Taught]:
@@ -76,8 +78,9 @@ def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Taught]:
     def vectors(evidence: Evidence) -> list[Tensor]:
         return [evidence.residuals if subtracted else evidence.features for subtracted in subtract]
 
-    of_pixels, generals = _general_gaussians(scorer, training_nhwc, len(subtract), vectors)
-    learning = _begun(scorer, training_nhwc, dict(zip(subtract, generals, strict=True)))
+    of_pixels, of_features = _of_all_places(scorer, training_nhwc, len(subtract), vectors)
+    generals = dict(zip(subtract, map(general_gaussian, of_features), strict=True))
+    learning = _begun(scorer, training_nhwc, generals)
     with_context = bool(subtract and scorer.config.features.context_stages and scoring.context_weight != 0)
     pixels, context = _of_all_photographs(scorer, training_nhwc, of_pixels, learning, with_context)
     pixel = place_gaussians(pixels) if pixels else None
@@ -90,7 +93,10 @@ def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Taught]:
 
     found = []
     if scoring.covariance in ("general", "select"):
-        found += [Taught(Measure(pixel, *pair), pixels, None) for pair in zip(generals, subtract, strict=True)]
+        found += [
+            Taught(Measure(pixel, generals[subtracted], subtracted), pixels, moments)
+            for subtracted, moments in zip(subtract, of_features, strict=True)
+        ]
     found += [learned(each, turned=False) for each in learning if each.lying]
     if turning := [each for each in learning if each.turned]:
         for features in features_of_turned(scorer, training_nhwc):
@@ -107,10 +113,10 @@ def evidence_of(scorer: Scorer, images_nhwc: np.ndarray) -> Iterator[Evidence]:
         yield scorer.evidence(images_nhwc[start : start + batch])
 
 
-def _general_gaussians(
+def _of_all_places(
     scorer: Scorer, training_nhwc: np.ndarray, count: int, vectors: Vectors
-) -> tuple[NormalGaussian | None, list[NormalGaussian]]:
-    """For all places together: of the pixel branch if it is measured by one, and of each of so many vectors."""
+) -> tuple[NormalGaussian | None, list[Moments]]:
+    """For all places together: the Gaussian of the pixel branch if it is measured by one, and the sums of so many vectors."""
     of_pixels = Moments(by_place=False) if scorer.config.scoring.pixel == "gaussian" else None
     of_features = [Moments(by_place=False) for _ in range(count)]
     if of_pixels is None and not of_features:
@@ -121,7 +127,7 @@ def _general_gaussians(
             of_pixels.add(evidence.denoising)
         for moments, cells in zip(of_features, vectors(evidence), strict=True):
             moments.add(cells)
-    return general_gaussian(of_pixels) if of_pixels else None, [general_gaussian(moments) for moments in of_features]
+    return general_gaussian(of_pixels) if of_pixels else None, of_features
 
 
 def _begun(scorer: Scorer, training_nhwc: np.ndarray, generals: Mapping[bool, NormalGaussian]) -> list[Learning]:
@@ -167,8 +173,13 @@ def _kind_samples(scorer: Scorer, training_nhwc: np.ndarray, directions: int) ->
 
 
 def _some(training_nhwc: np.ndarray) -> np.ndarray:
-    """About `GENERAL_IMAGES` of them, spread over all."""
-    return training_nhwc[:: max(1, len(training_nhwc) // GENERAL_IMAGES)]
+    """Those at `general_places`."""
+    return training_nhwc[general_places(len(training_nhwc))]
+
+
+def general_places(count: int) -> slice:
+    """Where, of so many training photographs, the about `GENERAL_IMAGES` lie that shape what all places share."""
+    return slice(None, None, max(1, count // GENERAL_IMAGES))
 
 
 def _of_all_photographs(

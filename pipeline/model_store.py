@@ -51,7 +51,7 @@ class ModelInfo:
     provenance: dict[str, Any]
     """Where it comes from: data, counts, losses, package versions, time."""
     normal_scores: tuple[float, ...] = ()
-    """Scores of the held-out normal photographs, ascending; none in models of early releases."""
+    """Scores of the normal photographs that the threshold comes from, ascending; none in models of early releases."""
     reach: int = 0
     """Cells that a part may lie from its place; none in models of early releases."""
     turned: bool = False

@@ -92,7 +92,7 @@ class Calibration:
     top_pixels: int
     """The image score is the mean of this many largest map values."""
     normal_scores: Tensor
-    """(n,) sorted image scores of the held-out normal images."""
+    """(n,) sorted image scores of normal images: what the threshold comes from."""
     threshold: float
     """Image score above which an image is anomalous at the configured false-alarm rate."""
     pixel_threshold: float

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import pickle
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.calibration import calibrate
@@ -31,6 +32,8 @@ from pipeline.training_job import TrainingJob
 REPORT_EVERY = 5
 """Steps between reports of progress."""
 LOSSES = ("noise", "bound", "feature")
+ODDEST = 10
+"""Normal photographs that a model names as the least like the others: what is not normal after all is among them."""
 FIGURES = ("pixel_auroc", "pro_0.30", "image_auroc")
 """Of a model on defects implanted in held-out photographs."""
 
@@ -173,12 +176,13 @@ def store(
     """
     held_out, training = images.held_out[category], images.training[images.parts[category]]
     try:
-        choices = calibrate(scorer, held_out, training, job.variants)
+        calibrated = calibrate(scorer, held_out, training, job.variants)
     except torch.linalg.LinAlgError as error:
         raise FloatingPointError(
             f"the network's output for {category} is not finite: lower training.learning_rate"
         ) from error
     version = new_version(scorer.config, now)
+    odd = oddest(images.names[category], np.concatenate([calibrated.training_scores, calibrated.held_out_scores]))
     provenance = history | {
         "dataset": job.dataset.uri,
         "data_fingerprint": images.fingerprint,
@@ -186,15 +190,21 @@ def store(
         "settings_digest": job.settings_digest,
         "training_images": len(training),
         "held_out_images": len(held_out),
+        "oddest_normal": odd,
         "seconds": round(time.monotonic() - started, 1),
         "packages": package_versions(),
         "revision": job.revision,
         "created": now.isoformat(timespec="seconds"),
     }
-    tried = [summary(choice, job.variants) for choice in choices]
+    tried = [summary(choice, job.variants) for choice in calibrated.choices]
     save_model(job.models, category, version, scorer, job.categories if job.config.joint else None, provenance, tried)
-    counts = {"held_out_images": len(held_out), "training_images": len(training)}
-    return _outcome(scorer, version) | counts | tried[0]
+    return _outcome(scorer, version) | {"oddest": odd} | tried[0]
+
+
+def oddest(names: Sequence[str], scores: np.ndarray) -> list[dict[str, Any]]:
+    """The photographs with the highest scores, float (n,), nan where unknown: `ODDEST` of them, the highest first."""
+    order = np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")[:ODDEST]
+    return [{"image": names[i], "score": float(scores[i])} for i in order if not np.isnan(scores[i])]
 
 
 def put_in_use(job: TrainingJob, found: dict[str, dict[str, Any]]) -> None:
@@ -214,6 +224,8 @@ def _outcome(scorer: Scorer, version: str) -> dict[str, Any]:
     return {
         "version": version,
         "false_alarm_rate": scorer.config.scoring.false_alarm_rate,
+        "normal_images": len(calibration.normal_scores),
+        "threshold": calibration.threshold,
         "false_alarms_low": calibration.false_alarms_low,
         "false_alarms_high": calibration.false_alarms_high,
     }

@@ -32,6 +32,8 @@ class TrainingImages:
     """Where a category's lie in `training`."""
     held_out: dict[str, np.ndarray]
     """A category's photographs kept for calibration, uint8 (n, side, side, 3)."""
+    names: dict[str, list[str]]
+    """Addresses of a category's photographs: of those in `training`, then of those held out."""
     fingerprint: str
     """As `data_fingerprint` of all photographs in the order of their records."""
 
@@ -65,7 +67,10 @@ def load_training_images(
     for category, (kept, out) in splits.items():
         places = dict(zip(kept, images[parts[category]], strict=True)) | dict(zip(out, held_out[category], strict=True))
         in_order += [places[i] for i in range(len(places))]
-    return TrainingImages(images, parts, held_out, data_fingerprint(in_order))
+    names = {
+        category: [records[category][i].image.uri for i in (*kept, *out)] for category, (kept, out) in splits.items()
+    }
+    return TrainingImages(images, parts, held_out, names, data_fingerprint(in_order))
 
 
 def split_holdout(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -81,10 +81,11 @@ def test_kept_cells_of_some_photographs_are_left_out(cells: torch.Tensor) -> Non
 @pytest.mark.parametrize(
     "settings",
     [
-        {"covariance": "none"},
-        {"covariance": "general"},
+        {"covariance": "general", "prediction": "subtract"},
+        {"covariance": "general", "prediction": "ignore", "pixel": "kl"},
         {"covariance": "place", "prediction": "subtract"},
         {"covariance": "place", "prediction": "ignore", "place_turns": True, "place_reach": 1},
+        {"covariance": "place", "prediction": "ignore", "place_turns": None},
         {"covariance": "place", "prediction": "ignore", "context_weight": 0.5},
         {"covariance": "kind", "prediction": "ignore", "kinds": 5},
         {"covariance": "kind", "prediction": "ignore", "kinds": 5, "place_turns": True},
@@ -98,8 +99,10 @@ def test_each_photograph_is_measured_by_what_the_others_taught(fitted, variant, 
     )
     scorer = Scorer(denoiser, FeatureExtractor.of(denoiser.config.features, context=True))
     calibrate(scorer, held_out, photographs)
-    whole = scorer.calibration
-    (taught,) = fit_measures(scorer, photographs)
+    taught, *turned = fit_measures(scorer, photographs)
+    assert len(turned) == ("place_turns" in settings and settings["place_turns"] is None)
+    whole = replace(scorer.calibration, measure=taught.measure)
+    scorer.calibration = whole
     parts = list(cross_fitted(scorer, taught, photographs))
     assert len(parts) == FOLDS
     assert scorer.calibration is whole
@@ -111,22 +114,23 @@ def test_each_photograph_is_measured_by_what_the_others_taught(fitted, variant, 
     # By hand, in the directions that all of them gave.
     part = np.array_split(np.arange(len(photographs)), FOLDS)[2]
     others = list(evidence_of(scorer, np.delete(photographs, part, axis=0)))
-    pixels = Moments(whole.measure.pixel.projection, by_place=True)
-    for evidence in others:
-        pixels.add(evidence.denoising)
-    measure = taught.measure._replace(pixel=place_gaussians(pixels))
-    if taught.feature is not None:
-        features = copy(taught.feature)
-        features.count, features.total, features.outer = (
-            0 * each for each in (features.count, features.total, features.outer)
-        )
+    measure = taught.measure
+    if measure.pixel is not None:
+        pixels = Moments(measure.pixel.projection, by_place=True)
         for evidence in others:
-            features.add(evidence.residuals if measure.subtract_prediction else evidence.features)
-        if measure.turned:
-            for turn in (1, 2, 3):
-                for evidence in evidence_of(scorer, np.rot90(np.delete(photographs, part, axis=0), turn, axes=(1, 2))):
-                    features.add(evidence.features)
-        measure = measure._replace(feature=gaussians_of(features))
+            pixels.add(evidence.denoising)
+        measure = measure._replace(pixel=place_gaussians(pixels))
+    features = copy(taught.feature)
+    features.count, features.total, features.outer = (
+        0 * each for each in (features.count, features.total, features.outer)
+    )
+    for evidence in others:
+        features.add(evidence.residuals if measure.subtract_prediction else evidence.features)
+    if measure.turned:
+        for turn in (1, 2, 3):
+            for evidence in evidence_of(scorer, np.rot90(np.delete(photographs, part, axis=0), turn, axes=(1, 2))):
+                features.add(evidence.features)
+    measure = measure._replace(feature=gaussians_of(features))
     if measure.context is not None:
         kept = np.isin(measure.context.owners, part)
         measure = measure._replace(context=NearestNormal(measure.context.scale, measure.context.cells[~kept]))
@@ -148,3 +152,42 @@ def test_two_remaining_photographs_are_enough(fitted, variant, photographs, monk
         parts = list(cross_fitted(scorer, taught, photographs[:3]))
         assert [len(part.scores) for part in parts] == [1, 1, 1]
         assert np.isfinite(np.concatenate([part.scores for part in parts])).all()
+
+
+def test_only_some_photographs_shape_what_all_places_share(fitted, variant, photographs, monkeypatch):
+    """Those that did not are left out for nothing."""
+    monkeypatch.setattr(measures, "GENERAL_IMAGES", 4)
+    denoiser = fitted.result()
+    denoiser.config = variant(scoring={"covariance": "general", "pixel": "kl"})
+    scorer = Scorer(denoiser, fitted.extractor)
+    calibrate(scorer, photographs[:4], photographs)
+    (taught,) = fit_measures(scorer, photographs)
+    left_out = np.concatenate([part.scores for part in cross_fitted(scorer, taught, photographs)])
+    own = scorer.score(photographs).scores
+    teaching = np.arange(16) % 4 == 0
+    assert (left_out[teaching] > own[teaching]).mean() > 0.7
+    alone = np.array([part[0] in (2, 6, 10, 14) for part in np.array_split(np.arange(16), FOLDS) for _ in part])
+    np.testing.assert_array_equal(left_out[alone & ~teaching], own[alone & ~teaching])
+
+
+def test_parts_are_small_and_photographs_not_too_many(fitted, variant, photographs, monkeypatch):
+    denoiser = fitted.result()
+    denoiser.config = variant(scoring={"covariance": "place", "place_dimensions": 7})
+    scorer = Scorer(denoiser, fitted.extractor)
+    calibrate(scorer, photographs[:4], photographs)
+    (taught,) = fit_measures(scorer, photographs)
+    monkeypatch.setattr("pipeline.cross_fitting.FOLDS", 2)
+    assert [len(part.scores) for part in cross_fitted(scorer, taught, photographs)] == [8, 8]
+    monkeypatch.setattr("pipeline.cross_fitting.MOST_AT_ONCE", 5)
+    assert [len(part.scores) for part in cross_fitted(scorer, taught, photographs)] == [4, 4, 4, 4]
+    monkeypatch.setattr("pipeline.cross_fitting.MOST_IMAGES", 6)
+    assert [len(part.scores) for part in cross_fitted(scorer, taught, photographs)] == [3, 3]
+
+
+def test_where_only_the_network_learned_there_is_nothing_to_take_back(fitted, variant, photographs, held_out):
+    denoiser = fitted.result()
+    denoiser.config = variant(scoring={"covariance": "none", "pixel": "kl"})
+    scorer = Scorer(denoiser, fitted.extractor)
+    calibrate(scorer, held_out, photographs)
+    (taught,) = fit_measures(scorer, photographs)
+    assert list(cross_fitted(scorer, taught, photographs)) == []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.thresholds import exceedance_interval, false_alarm_bound, normal_bound, rank_bound
+from pipeline.thresholds import exceedance_interval, false_alarm_bound, known_by_heart, normal_bound, rank_bound
 
 LAWS = {"normal": stats.norm(5, 3), "exponential": stats.expon(2), "heavy": stats.t(2)}
 
@@ -85,3 +85,12 @@ def test_exceedance_interval_narrows_with_more_images() -> None:
     _, low, high = normal_bound(values, 0.05)
     assert 0.03 < low < 0.05 < high < 0.07
     assert exceedance_interval(np.full(9, 2.0), 2.0) == (0.0, 1.0)
+
+
+def test_scores_that_are_lower_by_far_are_known_by_heart() -> None:
+    rng = np.random.default_rng(0)
+    alike = [known_by_heart(rng.exponential(2, 26), rng.exponential(2, 238)) for _ in range(600)]
+    assert 0 < np.mean(alike) < 0.025
+    assert all(known_by_heart(rng.normal(5.5, 1, 26), rng.normal(4, 1, 238)) for _ in range(20))
+    assert not any(known_by_heart(rng.normal(4, 1, 26), rng.normal(5, 1, 238)) for _ in range(20))
+    assert not known_by_heart(np.full(4, 2.0), np.full(9, 2.0))

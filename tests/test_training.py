@@ -117,6 +117,10 @@ def test_provenance_tells_where_a_model_comes_from(job: TrainingJob) -> None:
     run(job)
     known = model_info(job.models, "cloth").provenance
     assert known["training_images"] + known["held_out_images"] == 12
+    odd = known["oddest_normal"]
+    assert len(odd) == 10 and len({each["image"] for each in odd}) == 10
+    assert all(Location.parse(each["image"]).read_bytes() for each in odd)
+    assert [each["score"] for each in odd] == sorted((each["score"] for each in odd), reverse=True)
     assert (known["files_fingerprint"], known["revision"]) == ("0123", "4567")
     assert known["settings_digest"] == job.settings_digest
     assert {"defectmap", "torch", "ray"} < known["packages"].keys()

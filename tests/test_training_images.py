@@ -46,6 +46,7 @@ def test_photographs_are_split_and_come_in_the_order_of_their_records(dataset: L
         training, held_out = split_holdout(len(photographs), tiny.training.holdout_fraction, tiny.training.seed)
         np.testing.assert_array_equal(images.training[images.parts[name]], photographs[training])
         np.testing.assert_array_equal(images.held_out[name], photographs[held_out])
+        assert images.names[name] == [records[name][i].image.uri for i in (*training, *held_out)]
     assert images.fingerprint == data_fingerprint(np.concatenate([*every.values()]))
     assert images.labels.tolist() == [0] * 8 + [1] * 5
 

@@ -18,7 +18,7 @@ BINS = 30
 
 
 def severity_chart(counts: Mapping[int, int], normal_counts: Mapping[int, int]) -> Markup:
-    """Photographs by severity as bars, and over them the held-out normal ones as a line, each as shares of their own."""
+    """Photographs by severity as bars, and over them those of the threshold as a line, each as shares of their own."""
     night, normal = _binned(counts), _binned(normal_counts)
     top = max([*night, *normal, 1e-9])
     step = (WIDTH - 2 * LEFT) / len(night)

@@ -95,7 +95,7 @@ class Category:
     counts: dict[int, int]
     """Photographs by bucket of severity."""
     normal_counts: dict[int, int]
-    """The same of the held-out normal photographs that the models were calibrated with; empty when not recorded."""
+    """The same of the normal photographs that the thresholds of models come from; empty when not recorded."""
     failures: int
     drift: list[dict[str, Any]]
     """Rows of the question `drift`, one a night and model."""
