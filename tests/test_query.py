@@ -25,6 +25,7 @@ from pipeline.named_queries import QUERIES
 from pipeline.query import SharedFile, run_query
 from pipeline.results import iter_maps, write_run
 from pipeline.storage import Location
+from pipeline.thresholds import rank_bound
 from tests.made_results import NIGHT, SCORED_AT, failure_row, score_row, some_maps, write
 
 OLD = "2025-03-08"
@@ -326,6 +327,25 @@ def test_drift_says_where_it_cannot_judge(tmp_path: Path) -> None:
     write_run(results, "run", record(NIGHT))
     (row,) = ask(results, "drift", distance=0.0, min_images=1)
     assert (row["distance"], row["p"], row["verdict"]) == (0, 1, "steady")
+
+
+def test_other_rates_have_the_thresholds_that_calibrating_would_set(tmp_path: Path) -> None:
+    results = Location.parse(tmp_path)
+    scores = np.random.default_rng(1).normal(0.3, 0.1, 60)
+    write(results, scores=[score_row(i, score=float(s)) for i, s in enumerate(scores)], maps_nhw=None)
+    write_run(results, "run", record(NIGHT))
+    expected = {rate: rank_bound(CALIBRATION, rate) for rate in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)}
+    found = ask(results, "rates")
+    assert {row["rate"]: row["threshold"] for row in found} == {
+        rate: pytest.approx(bound.value, abs=1e-3) for rate, bound in expected.items() if bound is not None
+    }
+    assert len(found) == 3, "forty photographs tell no rate below one in forty"
+    for row in found:
+        bound = rank_bound(CALIBRATION, row["rate"])
+        assert bound is not None
+        assert (row["images"], row["anomalous"], row["normal_images"]) == (60, int((scores > bound.value).sum()), 40)
+    few = ask(results, "rates", member="part/1%.png")
+    assert [row["images"] for row in few] == [11, 11, 11]
 
 
 # --- the job --------------------------------------------------------------------------------------
