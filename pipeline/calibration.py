@@ -8,7 +8,7 @@ would promise fewer false alarms than it keeps.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
@@ -38,6 +38,8 @@ class Calibrated(NamedTuple):
     """float64 (n,): the image scores of the held-out photographs."""
     training_scores: np.ndarray
     """float64 (m,): those of the training photographs under what the others taught; nan where that was not asked."""
+    known_by_heart: bool
+    """Whether the network knows its training photographs so well that thresholds come from held-out ones alone."""
 
 
 def calibrate(
@@ -55,8 +57,8 @@ def calibrate(
     choice, calibration, taught = _best(scorer, held_out_nhwc, training_nhwc, variants, tried)
     scorer.configure(scorer.config.model_copy(update={"scoring": choice.scoring}))
     scorer.calibration = replace(calibration, alpha=choice.alpha, top_pixels=choice.top_pixels)
-    scores = _set_thresholds(scorer, scorer.calibration, taught, held_out_nhwc, training_nhwc)
-    return Calibrated(sorted(tried, key=lambda choice: -choice.merit), *scores)
+    thresholds = _set_thresholds(scorer, scorer.calibration, taught, held_out_nhwc, training_nhwc)
+    return Calibrated(sorted(tried, key=lambda choice: -choice.merit), *thresholds)
 
 
 def _best(
@@ -95,15 +97,14 @@ def _early(scoring: ScoringConfig) -> str:
 
 def _set_thresholds(
     scorer: Scorer, calibration: Calibration, taught: Taught, held_out_nhwc: np.ndarray, training_nhwc: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the image scores of both, as `Calibrated` has them."""
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Returns what `Calibrated` has beside choices."""
     rate = scorer.config.scoring.false_alarm_rate
-    held_out, others = [scorer.score(held_out_nhwc)], list(cross_fitted(scorer, taught, training_nhwc))
-    usable = bool(others) and not known_by_heart(_scores(held_out), _scores(others))
-    normal = held_out + others if usable else held_out
-    scores = _scores(normal)
+    held_out, others = _extremes([scorer.score(held_out_nhwc)]), _extremes(cross_fitted(scorer, taught, training_nhwc))
+    asked = others.shape[1] > 0
+    by_heart = asked and known_by_heart(held_out[0], others[0])
+    scores, peaks = held_out if by_heart else np.concatenate([held_out, others], axis=1)
     of_images = false_alarm_bound(scores, rate)
-    peaks = np.concatenate([part.maps.reshape(len(part.maps), -1).max(1) for part in normal]).astype(np.float64)
     scorer.calibration = replace(
         calibration,
         normal_scores=torch.from_numpy(np.sort(scores)).float(),
@@ -113,13 +114,15 @@ def _set_thresholds(
         false_alarms_high=of_images.high,
     )
     of_training = np.full(len(training_nhwc), np.nan)
-    if others:
-        of_training[scored_places(len(training_nhwc))] = _scores(others)
-    return _scores(held_out), of_training
+    if asked:
+        of_training[scored_places(len(training_nhwc))] = others[0]
+    return held_out[0], of_training, by_heart
 
 
-def _scores(parts: list[ScoredImages]) -> np.ndarray:
-    return np.concatenate([part.scores for part in parts])
+def _extremes(parts: Iterable[ScoredImages]) -> np.ndarray:
+    """float64 (2, n): scores and largest map values of the images of all parts."""
+    found = [np.stack([part.scores, part.maps.reshape(len(part.maps), -1).max(1)]) for part in parts]
+    return np.concatenate([np.empty((2, 0)), *found], axis=1)
 
 
 def measured(

@@ -1,7 +1,7 @@
 """Training photographs scored as if they had been held out: what a model promises rests on ten times as many.
 
 What they taught is taken back from Gaussians, and cells kept of them are not asked. The network has seen them all the same, and
-they had their share in what whitens vectors and in which kinds there are.
+they had their share in what whitens vectors, in which kinds there are and in the scale of kept cells.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.scoring import Measure, ScoredImages, Scorer
 FOLDS = 10
 """Parts of the photographs that are left out one after the other, at least; of neighbours in their order: what was photographed
 one soon after the other may be alike."""
-MOST_AT_ONCE = 64
+MOST_AT_ONCE = 32
 """Photographs of a part: their evidence, some 12 MiB each, is in memory together."""
 MOST_IMAGES = 2000
 """Photographs that are scored; they tell a rate of a thousandth, and more would not tell much more."""

@@ -87,7 +87,7 @@ QUERIES = {
     ),
     "rates": NamedQuery(
         "How many photographs would be anomalous, had the models been asked for another false-alarm rate?",
-        # The thresholds that calibrating would set by rank (pipeline/thresholds.py), where photographs are enough for the rate.
+        # By rank of the scores that each model's threshold comes from (pipeline/thresholds.py), where these are enough.
         """
         WITH ranked AS (
             SELECT category, model_version, normal_score, count(*) OVER (PARTITION BY category, model_version) AS normal_images,
@@ -98,11 +98,11 @@ QUERIES = {
             FROM ranked, (SELECT unnest([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2]) AS rate)
             WHERE rank = floor(rate * (normal_images + 1) + 1e-9)
         )
-        SELECT night, category, rate::DOUBLE AS rate, round(bounds.threshold, 3) AS threshold, count(*) AS images,
+        SELECT night, category, model_version, rate::DOUBLE AS rate, round(bounds.threshold, 3) AS threshold, count(*) AS images,
                count_if(score > bounds.threshold)::BIGINT AS anomalous,
                round(100 * count_if(score > bounds.threshold) / count(*), 1) AS anomalous_percent, normal_images
         FROM newest JOIN bounds USING (category, model_version) WHERE coalesce(member, '') LIKE $member
-        GROUP BY ALL ORDER BY night, category, rate
+        GROUP BY ALL ORDER BY night, category, model_version, rate
         """,
         {"member": "%"},
     ),

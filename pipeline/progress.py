@@ -137,9 +137,9 @@ def model_line(category: str, found: Mapping[str, Any], chosen: Mapping[str, Any
     notes += ["turned"] if found["turned"] else []
     details = f" ({', '.join(notes)})" if notes else ""
     settings = "".join(f", {name}={value}" for name, value in chosen.items())
-    odd = ", ".join(f"{each['image'].rpartition('/')[2]} {each['score']:.3g}" for each in found["oddest"][:SHOWN_ODD])
-    by_rank = found["false_alarm_rate"] * (found["normal_images"] + 1) >= 1
-    law = "" if by_rank else " if their scores follow a normal law"
+    odd = ", ".join(f"{each['image']} {each['score']:.3g}" for each in found["oddest"][:SHOWN_ODD])
+    law = "" if found["by_rank"] else " if they follow a normal law"
+    alone = " (held-out ones alone: the network knows the others by heart)" if found["known_by_heart"] else ""
     figures = " / ".join(f"{100 * found[name]:.1f}" for name in ("pixel_auroc", "pro_0.30", "image_auroc"))
     return (
         f"{category}: weight of the pixel branch {found['alpha']:g}, features {prediction}by covariance "
@@ -147,8 +147,8 @@ def model_line(category: str, found: Mapping[str, Any], chosen: Mapping[str, Any
         f"implanted defects {figures} (pixel AUROC / PRO / image AUROC); "
         f"false alarms {100 * found['false_alarm_rate']:g} % requested, 95 % interval "
         f"{100 * found['false_alarms_low']:.2g}-{100 * found['false_alarms_high']:.2g} % "
-        f"from {found['normal_images']} normal images that taught nothing{law}; the oddest of all: {odd} "
-        f"(threshold {found['threshold']:.3g})"
+        f"by the scores of {found['normal_images']} normal images{alone}{law}; threshold {found['threshold']:.3g}, "
+        f"the oddest of those scored: {odd}"
     )
 
 

@@ -100,7 +100,7 @@ class Calibration:
     false_alarms_low: float
     """Lower end of the 95 % confidence interval of the rate at which normal images exceed `threshold`."""
     false_alarms_high: float
-    """Its upper end: wide, where few images were held out."""
+    """Its upper end: wide, where `normal_scores` are few."""
 
 
 class Maps(NamedTuple):

@@ -37,12 +37,21 @@ def rank_bound(values: np.ndarray, rate: float) -> Bound | None:
     That probability of the bound at hand has Beta's law with k and n + 1 - k. None where it takes more than n values.
     """
     n = len(values)
-    # No more than rounding may take from what is a whole number.
-    k = int(rate * (n + 1) * (1 + 1e-12))
-    if k < 1:
+    if not enough_for_rank(n, rate):
         return None
+    k = _rank(n, rate)
     low, high = stats.beta.ppf(TAILS, k, n + 1 - k)
     return Bound(float(np.partition(values, n - k)[n - k]), float(low), float(high))
+
+
+def enough_for_rank(count: int, rate: float) -> bool:
+    """Whether so many values tell what a share of `rate` exceeds: 99 for one in a hundred."""
+    return _rank(count, rate) >= 1
+
+
+def _rank(count: int, rate: float) -> int:
+    # No more than rounding may take from what is a whole number.
+    return int(rate * (count + 1) * (1 + 1e-12))
 
 
 def normal_bound(values: np.ndarray, rate: float) -> Bound:

@@ -25,6 +25,7 @@ from pipeline.model_weights import load_uncalibrated, save_model
 from pipeline.scoring import Scorer
 from pipeline.selection import summary
 from pipeline.storage import Location
+from pipeline.thresholds import enough_for_rank
 from pipeline.tracking import Tracking
 from pipeline.training_images import Load, TrainingImages, load_training_images
 from pipeline.training_job import TrainingJob
@@ -33,7 +34,7 @@ REPORT_EVERY = 5
 """Steps between reports of progress."""
 LOSSES = ("noise", "bound", "feature")
 ODDEST = 10
-"""Normal photographs that a model names as the least like the others: what is not normal after all is among them."""
+"""Normal photographs that a model names as the least like the others: what is not normal after all should be among them."""
 FIGURES = ("pixel_auroc", "pro_0.30", "image_auroc")
 """Of a model on defects implanted in held-out photographs."""
 
@@ -182,7 +183,9 @@ def store(
             f"the network's output for {category} is not finite: lower training.learning_rate"
         ) from error
     version = new_version(scorer.config, now)
-    odd = oddest(images.names[category], np.concatenate([calibrated.training_scores, calibrated.held_out_scores]))
+    names = [name.removeprefix(f"{job.dataset.uri}/") for name in images.names[category]]
+    of_training = np.full(len(training), np.nan) if calibrated.known_by_heart else calibrated.training_scores
+    odd = oddest(names, np.concatenate([of_training, calibrated.held_out_scores]))
     provenance = history | {
         "dataset": job.dataset.uri,
         "data_fingerprint": images.fingerprint,
@@ -191,6 +194,7 @@ def store(
         "training_images": len(training),
         "held_out_images": len(held_out),
         "oddest_normal": odd,
+        "known_by_heart": calibrated.known_by_heart,
         "seconds": round(time.monotonic() - started, 1),
         "packages": package_versions(),
         "revision": job.revision,
@@ -198,7 +202,8 @@ def store(
     }
     tried = [summary(choice, job.variants) for choice in calibrated.choices]
     save_model(job.models, category, version, scorer, job.categories if job.config.joint else None, provenance, tried)
-    return _outcome(scorer, version) | {"oddest": odd} | tried[0]
+    told = {"oddest": odd, "known_by_heart": calibrated.known_by_heart}
+    return _outcome(scorer, version) | told | tried[0]
 
 
 def oddest(names: Sequence[str], scores: np.ndarray) -> list[dict[str, Any]]:
@@ -225,6 +230,7 @@ def _outcome(scorer: Scorer, version: str) -> dict[str, Any]:
         "version": version,
         "false_alarm_rate": scorer.config.scoring.false_alarm_rate,
         "normal_images": len(calibration.normal_scores),
+        "by_rank": enough_for_rank(len(calibration.normal_scores), scorer.config.scoring.false_alarm_rate),
         "threshold": calibration.threshold,
         "false_alarms_low": calibration.false_alarms_low,
         "false_alarms_high": calibration.false_alarms_high,

@@ -168,7 +168,7 @@ def test_photographs_that_the_network_knows_by_heart_do_not_count(fitted, varian
         return replace(found, scores=found.scores - (100 if calibration is not scorer.calibration else 0))
 
     monkeypatch.setattr(scorer, "score_evidence", forgetful)
-    calibrate(scorer, held_out, photographs)
+    assert calibrate(scorer, held_out, photographs).known_by_heart
     np.testing.assert_allclose(scorer.calibration.normal_scores, np.sort(scorer.score(held_out).scores), rtol=1e-6)
 
 

@@ -182,12 +182,15 @@ def test_parts_are_small_and_photographs_not_too_many(fitted, variant, photograp
     assert [len(part.scores) for part in cross_fitted(scorer, taught, photographs)] == [4, 4, 4, 4]
     monkeypatch.setattr("pipeline.cross_fitting.MOST_IMAGES", 6)
     assert [len(part.scores) for part in cross_fitted(scorer, taught, photographs)] == [3, 3]
+    found = calibrate(scorer, photographs[:4], photographs)
+    assert np.flatnonzero(np.isfinite(found.training_scores)).tolist() == [0, 3, 6, 9, 12, 15]
 
 
 def test_where_only_the_network_learned_there_is_nothing_to_take_back(fitted, variant, photographs, held_out):
     denoiser = fitted.result()
     denoiser.config = variant(scoring={"covariance": "none", "pixel": "kl"})
     scorer = Scorer(denoiser, fitted.extractor)
-    calibrate(scorer, held_out, photographs)
+    found = calibrate(scorer, held_out, photographs)
+    assert np.isnan(found.training_scores).all() and not found.known_by_heart
     (taught,) = fit_measures(scorer, photographs)
     assert list(cross_fitted(scorer, taught, photographs)) == []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from pipeline import progress
-from pipeline.progress import LOG_EVERY, ScoringProgress, duration_text, show_totals, size_text
+from pipeline.progress import LOG_EVERY, ScoringProgress, duration_text, model_line, show_totals, size_text
 from pipeline.totals import ShardOutcome, total
 
 MIB = 2**20
@@ -154,3 +155,39 @@ def test_sizes_for_people(size: int, text: str) -> None:
 )
 def test_durations_for_people(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
+
+
+def outcome(**changes: Any) -> dict[str, Any]:
+    known = {
+        "alpha": 0.2,
+        "subtract_prediction": False,
+        "covariance": "place",
+        "context_weight": 0.0,
+        "reach": 0,
+        "turned": False,
+        "top_pixels": 64,
+        "pixel_auroc": 0.99,
+        "pro_0.30": 0.95,
+        "image_auroc": 1.0,
+        "false_alarm_rate": 0.01,
+        "false_alarms_low": 0.00123,
+        "false_alarms_high": 0.021,
+        "normal_images": 264,
+        "by_rank": True,
+        "known_by_heart": False,
+        "threshold": 7.1234,
+        "oddest": [{"image": f"bottle/{i}.png", "score": 9.0 - i} for i in range(10)],
+    }
+    return known | changes
+
+
+def test_a_new_models_line_tells_what_its_threshold_rests_on() -> None:
+    line = model_line("bottle", outcome(), {})
+    assert "1 % requested, 95 % interval 0.12-2.1 % by the scores of 264 normal images; threshold 7.12" in line
+    assert line.endswith("the oddest of those scored: bottle/0.png 9, bottle/1.png 8, bottle/2.png 7")
+    assert "26 normal images if they follow a normal law" in model_line(
+        "bottle", outcome(normal_images=26, by_rank=False), {}
+    )
+    assert "26 normal images (held-out ones alone: the network knows the others by heart)" in model_line(
+        "bottle", outcome(normal_images=26, known_by_heart=True), {}
+    )

@@ -14,13 +14,13 @@ from mlflow import MlflowClient
 
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.images import encode_png
+from pipeline.images import decode, encode_png
 from pipeline.model_store import model_info
 from pipeline.model_versions import up_to_date
 from pipeline.model_weights import load_scorer
 from pipeline.presets import load_config
 from pipeline.storage import Location
-from pipeline.training import train
+from pipeline.training import ODDEST, oddest, train
 from pipeline.training_images import load_photographs
 from pipeline.training_job import TrainingJob
 from tests.conftest import make_photographs
@@ -113,14 +113,32 @@ def test_a_checkpoint_of_other_photographs_is_not_continued(job: TrainingJob) ->
     assert model_info(job.models, "cloth").provenance["resumed_at_step"] == 0
 
 
+@pytest.mark.parametrize("number", range(0, 12, 3))
+def test_the_oddest_normal_photograph_is_named_whether_held_out_or_not(job: TrainingJob, number: int) -> None:
+    files = sorted((job.dataset / "cloth/train/good").listing())
+    strange = job.dataset / "cloth/train/good" / files[number]
+    strange.write_bytes(encode_png(np.ascontiguousarray(np.rot90(decode(strange.read_bytes())))))
+    run(job)
+    odd = model_info(job.models, "cloth").provenance["oddest_normal"]
+    assert odd[0]["image"] == f"cloth/train/good/{files[number]}"
+    assert odd[0]["score"] > 2 * odd[1]["score"]
+
+
+def test_the_oddest_are_those_with_the_highest_scores_that_are_known() -> None:
+    scores = np.array([3.0, np.nan, 5.0, 4.0, np.nan])
+    assert oddest("abcde", scores) == [{"image": i, "score": s} for i, s in (("c", 5.0), ("d", 4.0), ("a", 3.0))]
+    assert len(oddest([str(i) for i in range(50)], np.arange(50.0))) == ODDEST
+
+
 def test_provenance_tells_where_a_model_comes_from(job: TrainingJob) -> None:
     run(job)
     known = model_info(job.models, "cloth").provenance
     assert known["training_images"] + known["held_out_images"] == 12
     odd = known["oddest_normal"]
     assert len(odd) == 10 and len({each["image"] for each in odd}) == 10
-    assert all(Location.parse(each["image"]).read_bytes() for each in odd)
+    assert all((job.dataset / each["image"]).read_bytes() for each in odd)
     assert [each["score"] for each in odd] == sorted((each["score"] for each in odd), reverse=True)
+    assert known["known_by_heart"] is False
     assert (known["files_fingerprint"], known["revision"]) == ("0123", "4567")
     assert known["settings_digest"] == job.settings_digest
     assert {"defectmap", "torch", "ray"} < known["packages"].keys()
