@@ -71,6 +71,14 @@ def plain_pro(maps, masks, limit):
     return area / limit
 
 
+def of_both_kinds(flags):
+    """The flags, the first one turned where all are alike, of which nothing can be measured: to draw anew would take too long."""
+    flags = flags.copy()
+    if flags.all() or not flags.any():
+        flags.flat[0] = not flags.flat[0]
+    return flags
+
+
 def assert_same(left, right, tolerance):
     assert left.keys() == right.keys()
     for name in left:
@@ -105,8 +113,8 @@ def test_hand_computed_example():
 @example(batch=(np.zeros((2, 3, 3), np.float16), np.eye(3, dtype=bool)[None].repeat(2, 0)), limit=0.3)  # constant
 @example(batch=(-np.arange(18, dtype=np.float16).reshape(2, 3, 3), np.arange(18).reshape(2, 3, 3) == 4), limit=1.0)
 def test_pixel_metrics_equal_the_references(batch, limit):
-    maps, masks = batch
-    assume(masks.any() and not masks.all())
+    maps, masks = batch[0], of_both_kinds(batch[1])
+    assume(masks.size > 1)
     values = measured(maps, masks, fpr_limit=limit).compute()
     truth, scores = masks.ravel(), maps.astype(float).ravel()
     assert values["pixel_auroc"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-9)
@@ -119,7 +127,7 @@ def test_pixel_metrics_equal_the_references(batch, limit):
 @given(st.lists(st.tuples(st.sampled_from([-1.5, 0.0, 0.1, 0.1 + 1e-12, 7.0]), st.booleans()), min_size=2, max_size=20))
 def test_image_metrics_equal_the_reference_at_float64(rows):
     scores, anomalous = (np.array(column) for column in zip(*rows, strict=True))
-    assume(anomalous.any() and not anomalous.all())
+    anomalous = of_both_kinds(anomalous)
     masks = np.zeros((len(rows), 2, 2), dtype=np.uint8)
     masks[anomalous, 0, 1] = 1
     values = measured(np.zeros(masks.shape, np.float32), masks, scores).compute()
