@@ -7,10 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special, stats
 
-CONFIDENCE = 0.95
-TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
-
-
+TAILS = (0.025, 0.975)
+"""Where the 95 % intervals end."""
 BY_HEART = 0.01
 """Significance of `known_by_heart`."""
 

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import measures
-from pipeline.calibration import calibrate, measured
-from pipeline.choice import ALPHAS, TOP_PIXELS, Judged, implanted, judge, judged_images
+from pipeline.calibration import calibrate
+from pipeline.choice import ALPHAS, TOP_PIXELS
 from pipeline.cross_fitting import cross_fitted
 from pipeline.features import FeatureExtractor
 from pipeline.measures import CONTEXT_WEIGHTS, fit_measures
 from pipeline.scoring import BranchMaps, Scorer
-from pipeline.textures import photograph
 from pipeline.thresholds import false_alarm_bound, normal_bound
 from tests.conftest import make_photographs
 
@@ -26,10 +24,6 @@ def all_branch_maps(scorer, images):
     starts = range(0, len(images), batch)
     parts = [scorer.branch_maps(scorer.evidence(images[start : start + batch]), measure) for start in starts]
     return BranchMaps(*(torch.cat(maps) for maps in zip(*parts, strict=True)))
-
-
-def measures_of(scorer, photographs):
-    return [taught.measure for taught in fit_measures(scorer, photographs)]
 
 
 @pytest.mark.parametrize("covariance", ["none", "general"])
@@ -67,7 +61,7 @@ class HalfBlind(Scorer):
     def evidence(self, images_nhwc):
         evidence = super().evidence(images_nhwc)
         # The same for a photograph in any company.
-        generators = [torch.Generator().manual_seed(int(image.sum()) + 4) for image in images_nhwc]
+        generators = [torch.Generator().manual_seed(int(image.sum())) for image in images_nhwc]
         for name in self.blind:
             shape = getattr(evidence, name).shape[1:]
             noise = torch.stack([torch.rand(shape, generator=generator) for generator in generators])
@@ -76,7 +70,7 @@ class HalfBlind(Scorer):
 
 
 @pytest.mark.parametrize(
-    ("blind", "allowed"), [(("pixel", "denoising"), ALPHAS[:5]), (("feature", "residuals", "features"), ALPHAS[5:])]
+    ("blind", "allowed"), [(("pixel", "denoising"), ALPHAS[:6]), (("feature", "residuals", "features"), ALPHAS[5:])]
 )
 @pytest.mark.parametrize("pixel", ["kl", "gaussian"])
 def test_a_model_trusts_the_branch_that_finds_implanted_defects(
@@ -89,7 +83,10 @@ def test_a_model_trusts_the_branch_that_finds_implanted_defects(
     choices = calibrate(scorer, held_out, photographs).choices
     assert sorted(choice.alpha for choice in choices) == sorted(ALPHAS)
     assert scorer.calibration.alpha == choices[0].alpha
-    assert choices[0].alpha in allowed
+    assert choices[0].alpha in allowed, "half and half may be as good: noise hides little"
+    merits = {choice.alpha: choice.merit for choice in choices}
+    alone = [merits[0.0], merits[1.0]]
+    assert alone[allowed[0] > 0] > alone[allowed[0] == 0] + 0.1, "the blind branch alone finds nothing"
     assert choices[0].merit == max(choice.merit for choice in choices)
 
 
@@ -190,108 +187,6 @@ def test_a_stricter_false_alarm_rate_raises_both_thresholds(calibrated):
     assert strict.pixel_threshold > loose.pixel_threshold
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"covariance": "none"}, [(None, "none", True)]),
-        ({"covariance": "none", "pixel": "gaussian"}, [(True, "none", True)]),
-        ({"covariance": "general", "prediction": "ignore"}, [(None, "general", False)]),
-        ({"covariance": "place", "pixel": "gaussian"}, [(True, "place", True)]),
-        (
-            {"covariance": "select", "prediction": "select"},
-            [(None, "general", True), (None, "general", False), (None, "place", True), (None, "place", False)],
-        ),
-        ({"covariance": "kind", "prediction": "ignore", "kinds": 9}, [(None, "kind", False)]),
-        (
-            {"covariance": "select", "prediction": "select", "kinds": 9},
-            [
-                *[(None, "general", True), (None, "general", False), (None, "place", True), (None, "place", False)],
-                (None, "kind", False),
-            ],
-        ),
-        (
-            {"covariance": "select", "prediction": "subtract", "kinds": 9},
-            [(None, "general", True), (None, "place", True)],
-        ),
-    ],
-)
-def test_settings_allow_these_measures(fitted, variant, photographs, settings, expected, monkeypatch):
-    monkeypatch.setattr(measures, "PLACES_TELL", 1.0)
-    denoiser = fitted.result()
-    denoiser.config = variant(scoring=settings | {"place_dimensions": 7})
-    allowed = measures_of(Scorer(denoiser, fitted.extractor), photographs)
-    assert [(m.pixel and m.pixel.by_place, m.covariance, m.subtract_prediction) for m in allowed] == expected
-    for measure in allowed:
-        assert measure.context is None
-        if measure.feature is not None:
-            assert (
-                measure.feature.mean.shape == {"general": (1, 40), "place": (64, 7), "kind": (9, 7)}[measure.covariance]
-            )
-
-
-@pytest.mark.parametrize(("place_reach", "expected"), [(None, [0, 1, 0]), (2, [2, 0])])
-def test_places_may_reach_and_the_general_gaussian_has_none(fitted, variant, photographs, place_reach, expected):
-    denoiser = fitted.result()
-    denoiser.config = variant(scoring={"place_dimensions": 7, "place_reach": place_reach, "covariance": "select"})
-    scorer = Scorer(denoiser, fitted.extractor)
-    measures = measures_of(scorer, photographs)
-    assert [m.reach for m in measures if m.feature.by_place] + [
-        m.reach for m in measures if not m.feature.by_place
-    ] == expected
-    evidence = scorer.evidence(photographs[:2])
-    for measure in measures:
-        found = scorer.branch_maps(evidence, measure).feature[:, 0]
-        torch.testing.assert_close(found, measure.feature.distance(evidence.residuals, measure.reach))
-
-
-def test_gaussians_of_places_and_kinds_learn_features_from_photographs_in_four_directions(
-    fitted, variant, photographs, monkeypatch
-):
-    monkeypatch.setattr(measures, "PLACES_TELL", 1.0)
-    denoiser = fitted.result()
-    settings = {"covariance": "select", "prediction": "select", "pixel": "gaussian", "place_dimensions": 7, "kinds": 5}
-
-    def allowed(place_turns):
-        denoiser.config = variant(scoring=settings | {"place_turns": place_turns})
-        found = measures_of(Scorer(denoiser, fitted.extractor), photographs)
-        return {(m.subtract_prediction, m.covariance, m.turned): m for m in found}
-
-    plain, turned, both = allowed(False), allowed(True), allowed(None)
-    own, new = ({(False, covariance, turns) for covariance in ("place", "kind")} for turns in (False, True))
-    assert both.keys() == plain.keys() | new
-    assert turned.keys() == both.keys() - own
-    for found in (plain, turned):
-        for key, measure in found.items():
-            assert torch.equal(measure.pixel.whitening, both[key].pixel.whitening)
-            assert torch.equal(measure.feature.whitening, both[key].feature.whitening)
-    scorer = Scorer(denoiser, fitted.extractor)
-    for turn in range(4):
-        features = scorer.evidence(np.rot90(photographs[:4], turn, axes=(1, 2))).features
-        for covariance in ("place", "kind"):
-            distances = [
-                both[False, covariance, turns].feature.distance(features).mean().item() for turns in (False, True)
-            ]
-            assert distances[1] < 1.3
-            assert (distances[0] > 1.5) == (turn in (1, 3)), "stripes turn by 180"
-
-
-@pytest.mark.parametrize("aligned", [False, True])
-def test_kinds_are_a_choice_where_places_tell_little(fitted, variant, photographs, aligned):
-    denoiser = fitted.result()
-    settings = {"covariance": "select", "prediction": "select", "place_dimensions": 7, "kinds": 5}
-    denoiser.config = variant(scoring=settings)
-    rng = np.random.default_rng(0)
-    shown = np.stack([rng.permuted(image.reshape(-1, 3), axis=0).reshape(image.shape) for image in photographs])
-    if aligned:
-        shown[:, 8:24, 8:24] = 250 - shown[:, 8:24, 8:24] // 4
-    found = {measure.covariance for measure in measures_of(Scorer(denoiser, fitted.extractor), shown)}
-    assert found == {"general", "place"} | (set() if aligned else {"kind"})
-
-
-def test_features_without_the_network_are_those_of_the_evidence(scorer, fresh):
-    assert torch.equal(scorer.features(fresh[:3]), scorer.evidence(fresh[:3]).features)
-
-
 @pytest.mark.parametrize("any_direction", [False, True])
 def test_turned_photographs_teach_where_products_lie_in_any_direction(
     fitted, variant, photographs, held_out, any_direction
@@ -340,46 +235,6 @@ def test_a_model_chooses_its_context_and_its_image_score(calibrated, fitted, var
     chosen = {"context_weight": best.context_weight, "top_pixels": best.top_pixels}
     alone = calibrated(features=split, scoring=settings | chosen)
     np.testing.assert_allclose(alone.score(held_out).scores, scorer.score(held_out).scores, rtol=1e-3)
-
-
-def test_implanted_defects_are_the_same_every_time_and_all_marked(held_out):
-    images, masks, _ = implanted(held_out, seed=1)
-    again, _, _ = implanted(held_out, seed=1)
-    np.testing.assert_array_equal(images, again)
-    assert len(images) == 4 * len(held_out)
-    assert masks.any(axis=(1, 2)).all()
-
-
-def test_choices_are_made_on_defects_of_every_size():
-    normal = np.stack([photograph("brick")[i : i + 160, i : i + 160] for i in range(8)])
-    areas = judged_images(normal, seed=1).masks[:-8].sum((1, 2))
-    easily_seen = implanted(normal, seed=1, smallest=1.0)[1].sum((1, 2))
-    assert np.median(areas) < np.median(easily_seen) / 3
-    assert areas.max() > np.median(easily_seen)
-
-
-def test_marks_and_structure_count_alike_however_many_there_are_of_each(scorer, photographs, held_out):
-    normal = np.concatenate([held_out, held_out[::-1]])
-    judged = judged_images(normal, seed=1)
-    marks, structure = judged.families
-    defective = judged.masks.any(axis=(1, 2))
-    assert (marks & defective).sum() == 43
-    assert (structure & defective).sum() == 13
-    assert (marks & structure).sum() == (~defective).sum() == len(normal)
-    (candidate,) = measured(scorer, measures_of(scorer, photographs), normal, judged.images)
-
-    def figures(families):
-        (choice, *_) = judge(scorer, candidate, Judged(judged.images, judged.masks, families))
-        return np.array([choice.pixel_auroc, choice.pro, choice.image_auroc])
-
-    alone = [figures(family[None]) for family in judged.families]
-    assert not np.allclose(*alone, atol=0.01), "families that are found equally well show nothing"
-    np.testing.assert_allclose(figures(judged.families), np.mean(alone, axis=0))
-
-
-def test_a_family_of_few_images_does_not_count_by_itself(held_out):
-    (family,) = judged_images(held_out, seed=1).families
-    assert family.all()
 
 
 def test_photographs_that_are_all_the_same_can_be_calibrated(fitted, variant, photographs):

@@ -133,12 +133,16 @@ def test_the_distance_has_a_gradient(normal: torch.Tensor) -> None:
 def test_an_empty_background_is_normal_whatever_its_share(normal: torch.Tensor, kinds: int) -> None:
     half_empty = normal.repeat(25, 1, 1, 1)  # 32 000 cells of the background
     half_empty[:, :, : GRID // 2] = 12.0
-    gaussians = fitted(list(half_empty.split(100)), kinds=kinds)
-    distances = gaussians.distance(half_empty[:40])
-    assert distances[:, : GRID // 2].max() < 0.1
-    assert distances[:, GRID // 2 :].mean() < 1.5  # which kinds eight become is a matter of rounding
-    half_empty[:40, :, 1, 2] = half_empty.mean((0, 2, 3))  # amid all cells: of no kind
-    assert gaussians.distance(half_empty[:40])[:, 1, 2].min() > 20
+    shown, strange = half_empty[:40], half_empty[:40].clone()
+    strange[:, :, 1, 2] = half_empty.mean((0, 2, 3))  # amid all cells: of no kind
+    others = []
+    for seed in range(3):
+        gaussians = fitted(list(half_empty.split(100)), kinds=kinds, seed=seed)
+        distances = gaussians.distance(shown)
+        assert distances[:, : GRID // 2].max() < 0.1
+        assert gaussians.distance(strange)[:, 1, 2].min() > 20
+        others.append(float(distances[:, GRID // 2 :].mean()))
+    assert np.median(others) < 1  # now and then two of eight kinds fall together, as rounding has it
 
 
 def test_a_photograph_of_full_size_is_told_the_same_in_any_company() -> None:
