@@ -32,7 +32,7 @@ class Choice:
 
     scoring: ScoringConfig
     covariance: str
-    """none, general, place or kind: what measured the features."""
+    """none, general, place, kind or local: what measured the features."""
     subtract_prediction: bool
     context_weight: float
     reach: int

@@ -20,6 +20,7 @@ from pipeline.gaussian import (
 )
 from pipeline.kinds import CANDIDATES, KindGaussians, KindMoments, kind_gaussians
 from pipeline.nearest import NearestNormal, SampledCells, nearest_normal
+from pipeline.placed import placed
 from pipeline.scoring import Evidence, Measure, Scorer
 
 CONTEXT_WEIGHTS = (0.0, 0.5, 0.75)
@@ -31,9 +32,9 @@ TURNS = 4
 GENERAL_IMAGES = 32
 """Training photographs that shape the Gaussians for all places."""
 PLACES_TELL = 0.15
-"""Share of features' variance that places explain from which models do not choose kinds: where products lie as they should a
-misplaced part is a defect, which kinds cannot see. Seen were 0.06 to 0.09 of textures and products in any direction, 0.25 to 0.55
-of others."""
+"""Share of features' variance that places explain from which kinds, and kept cells, know their places: where products lie as they
+should a misplaced part is a defect, which others cannot see. Seen were 0.06 to 0.09 of textures and products in any direction,
+0.25 to 0.55 of others."""
 
 Vectors = Callable[[Evidence], list[Tensor]]
 """What Gaussians measure of an image's features: with the prediction subtracted, or not, or both."""
@@ -80,9 +81,10 @@ def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Taught]:
 
     of_pixels, of_features = _of_all_places(scorer, training_nhwc, len(subtract), vectors)
     generals = dict(zip(subtract, map(general_gaussian, of_features), strict=True))
-    learning = _begun(scorer, training_nhwc, generals)
     with_context = bool(subtract and scorer.config.features.context_stages and scoring.context_weight != 0)
-    pixels, context = _of_all_photographs(scorer, training_nhwc, of_pixels, learning, with_context)
+    local = (scoring.by_kind or with_context) and _places_tell(scorer, training_nhwc, generals)
+    learning = _begun(scorer, training_nhwc, generals, local)
+    pixels, context = _of_all_photographs(scorer, training_nhwc, of_pixels, learning, with_context, local)
     pixel = place_gaussians(pixels) if pixels else None
     if not subtract:
         return [Taught(Measure(pixel, None, True), pixels, None)]
@@ -130,9 +132,22 @@ def _of_all_places(
     return general_gaussian(of_pixels) if of_pixels else None, of_features
 
 
-def _begun(scorer: Scorer, training_nhwc: np.ndarray, generals: Mapping[bool, NormalGaussian]) -> list[Learning]:
+def _places_tell(scorer: Scorer, training_nhwc: np.ndarray, generals: Mapping[bool, NormalGaussian]) -> bool:
+    """Whether features as they are, where these may be measured, say that products lie as they should."""
+    if False not in generals:
+        return False
+    scoring, seed = scorer.config.scoring, scorer.config.training.seed
+    moments = Moments(place_projection(generals[False], scoring.place_dimensions, seed), by_place=True)
+    for features in _features_of(scorer, _some(training_nhwc)):
+        moments.add(features)
+    return explained_by_place(moments) >= PLACES_TELL
+
+
+def _begun(
+    scorer: Scorer, training_nhwc: np.ndarray, generals: Mapping[bool, NormalGaussian], local: bool
+) -> list[Learning]:
     """The Gaussians by place and by kind that the config allows, whitened by those for all places; these by whether the
-    prediction is subtracted."""
+    prediction is subtracted. local: whether kinds that are a choice know their places."""
     scoring, seed = scorer.config.scoring, scorer.config.training.seed
     projections = {
         subtracted: place_projection(general, scoring.place_dimensions, seed)
@@ -146,29 +161,23 @@ def _begun(scorer: Scorer, training_nhwc: np.ndarray, generals: Mapping[bool, No
             Learning(Moments(each, by_place=True), subtracted, lying or subtracted, turned and not subtracted)
             for subtracted, each in projections.items()
         ]
-    by_kind = scoring.by_kind and (
-        scoring.covariance == "kind" or _explained_by_place(scorer, training_nhwc, projections[False]) < PLACES_TELL
-    )
-    for turns in [False] * lying + [True] * turned if by_kind else []:  # which see other kinds
-        samples = _kind_samples(scorer, training_nhwc, TURNS if turns else 1)
+    if scoring.covariance != "select":
+        local = scoring.covariance == "local"
+    elif local:  # turned photographs would only blur where what belongs
+        turned = not lying
+    for turns in [False] * lying + [True] * turned if scoring.by_kind else []:  # which see other kinds
+        samples = _kind_samples(scorer, training_nhwc, TURNS if turns else 1, local)
         begun.append(Learning(KindMoments(samples, scoring.kinds, projections[False], seed), False, not turns, turns))
     return begun
 
 
-def _explained_by_place(scorer: Scorer, training_nhwc: np.ndarray, projection: Tensor) -> float:
-    moments = Moments(projection, by_place=True)
-    for features in _features_of(scorer, _some(training_nhwc)):
-        moments.add(features)
-    return explained_by_place(moments)
-
-
-def _kind_samples(scorer: Scorer, training_nhwc: np.ndarray, directions: int) -> Tensor:
-    """(n, C): features of cells that kinds are told from, of some photographs in so many directions."""
+def _kind_samples(scorer: Scorer, training_nhwc: np.ndarray, directions: int, local: bool) -> Tensor:
+    """(n, C), or placed (n, C + 2): features of cells that kinds are told from, of some photographs in so many directions."""
     some = _some(training_nhwc)
     sampled = SampledCells(directions * len(some), scorer.config.training.seed, count=CANDIDATES)
     for turn in range(directions):
         for features in _features_of(scorer, np.rot90(some, turn, axes=(1, 2))):
-            sampled.add(features)
+            sampled.add(placed(features) if local else features)
     return sampled.samples().flatten(0, 1)
 
 
@@ -188,9 +197,10 @@ def _of_all_photographs(
     of_pixels: NormalGaussian | None,
     learning: Sequence[Learning],
     with_context: bool,
+    local: bool,
 ) -> tuple[Moments | None, NearestNormal | None]:
     """What takes all photographs: sums of the pixel branch at each place, whitened by the given Gaussian of all places, and the
-    cells that are kept of the context; Gaussians of features learn on the way."""
+    cells that are kept of the context, placed where they are local; Gaussians of features learn on the way."""
     if of_pixels is None and not learning and not with_context:
         return None, None
     pixels = Moments(of_pixels.whitening[0], by_place=True) if of_pixels else None
@@ -202,7 +212,7 @@ def _of_all_photographs(
             each.moments.add(evidence.residuals if each.subtracted else evidence.features)
         if sampled is not None:
             assert evidence.context is not None, "an extractor with context stages"
-            sampled.add(evidence.context)
+            sampled.add(placed(evidence.context) if local else evidence.context)
     return pixels, _context(scorer, sampled.samples()) if sampled else None
 
 

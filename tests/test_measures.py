@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pipeline import measures
+from pipeline.features import FeatureExtractor
 from pipeline.measures import fit_measures
 from pipeline.scoring import Scorer
 
@@ -27,6 +28,7 @@ def measures_of(scorer, photographs):
             [(None, "general", True), (None, "general", False), (None, "place", True), (None, "place", False)],
         ),
         ({"covariance": "kind", "prediction": "ignore", "kinds": 9}, [(None, "kind", False)]),
+        ({"covariance": "local", "prediction": "ignore", "kinds": 9}, [(None, "local", False)]),
         (
             {"covariance": "select", "prediction": "select", "kinds": 9},
             [
@@ -49,9 +51,8 @@ def test_settings_allow_these_measures(fitted, variant, photographs, settings, e
     for measure in allowed:
         assert measure.context is None
         if measure.feature is not None:
-            assert (
-                measure.feature.mean.shape == {"general": (1, 40), "place": (64, 7), "kind": (9, 7)}[measure.covariance]
-            )
+            shapes = {"general": (1, 40), "place": (64, 7), "kind": (9, 7), "local": (9, 7)}
+            assert measure.feature.mean.shape == shapes[measure.covariance]
 
 
 @pytest.mark.parametrize(("place_reach", "expected"), [(None, [0, 1, 0]), (2, [2, 0])])
@@ -101,16 +102,31 @@ def test_gaussians_of_places_and_kinds_learn_features_from_photographs_in_four_d
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-def test_kinds_are_a_choice_where_places_tell_little(fitted, variant, photographs, aligned):
+def test_kinds_and_kept_cells_know_their_places_where_these_tell_much(fitted, variant, photographs, aligned):
     denoiser = fitted.result()
     settings = {"covariance": "select", "prediction": "select", "place_dimensions": 7, "kinds": 5}
-    denoiser.config = variant(scoring=settings)
+    denoiser.config = variant(
+        scoring=settings | {"context_weight": None, "place_turns": None}, features={"context_stages": (2,)}
+    )
     rng = np.random.default_rng(0)
     shown = np.stack([rng.permuted(image.reshape(-1, 3), axis=0).reshape(image.shape) for image in photographs])
     if aligned:
         shown[:, 8:24, 8:24] = 250 - shown[:, 8:24, 8:24] // 4
-    found = {measure.covariance for measure in measures_of(Scorer(denoiser, fitted.extractor), shown)}
-    assert found == {"general", "place"} | (set() if aligned else {"kind"})
+    extractor = FeatureExtractor.of(denoiser.config.features, context=True)
+    found = measures_of(Scorer(denoiser, extractor), shown)
+    kinds = {("local", False)} if aligned else {("kind", False), ("kind", True)}
+    assert {(m.covariance, m.turned) for m in found} == kinds | {("general", False), ("place", False), ("place", True)}
+    channels = extractor.stage_channels[2] + 2 * aligned
+    assert {m.context.cells.shape[1] for m in found if m.context is not None} == {channels}
+
+
+def test_places_are_not_asked_after_where_only_what_the_prediction_leaves_is_measured(fitted, variant, photographs):
+    denoiser = fitted.result()
+    settings = {"covariance": "place", "place_dimensions": 7, "context_weight": 0.5}
+    denoiser.config = variant(scoring=settings, features={"context_stages": (2,)})
+    extractor = FeatureExtractor.of(denoiser.config.features, context=True)
+    (measure,) = measures_of(Scorer(denoiser, extractor), photographs)
+    assert measure.context.cells.shape[1] == extractor.stage_channels[2]
 
 
 def test_features_without_the_network_are_those_of_the_evidence(scorer, fresh):
