@@ -157,7 +157,7 @@ class ScoringConfig(Section):
     context_weight: float | None = Field(0.0, ge=0, le=1)
     """Weight in the feature branch of how far `features.context_stages` lie from the nearest of the kept normal cells;
     `features.stages` have the rest. null: each model takes the one that finds defects implanted in its held-out normal images
-    best. Where cells lie counts for that, too, where places tell much of what photographs show."""
+    best."""
     context_cells: int = Field(2000, ge=1, le=20_000)
     """Normal cells that are kept for that; at most half of those that the training photographs have."""
     place_dimensions: int = Field(100, ge=1)
@@ -173,7 +173,7 @@ class ScoringConfig(Section):
     place_turns: bool | None = False
     """Whether Gaussians of places and kinds learn features as they are from photographs turned by quarter turns, too: for
     products that lie in any direction. null: each model does where that finds defects implanted in its held-out normal images
-    best; never kinds in their places."""
+    best, and places tell little of what photographs show."""
     map_sigma: float = Field(0.0, ge=0)
     """Gaussian smoothing of the final map, in map pixels."""
     map_size: int = Field(256, ge=16)

@@ -32,9 +32,9 @@ TURNS = 4
 GENERAL_IMAGES = 32
 """Training photographs that shape the Gaussians for all places."""
 PLACES_TELL = 0.15
-"""Share of features' variance that places explain from which kinds, and kept cells, know their places: where products lie as they
-should a misplaced part is a defect, which others cannot see. Seen were 0.06 to 0.09 of textures and products in any direction,
-0.25 to 0.55 of others."""
+"""Share of features' variance that places explain from which kinds know their places, and nothing is learned from turned
+photographs: where products lie as they should a misplaced part is a defect. Seen were 0.06 to 0.09 of textures and products in
+any direction, 0.25 to 0.55 of others."""
 
 Vectors = Callable[[Evidence], list[Tensor]]
 """What Gaussians measure of an image's features: with the prediction subtracted, or not, or both."""
@@ -81,10 +81,9 @@ def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Taught]:
 
     of_pixels, of_features = _of_all_places(scorer, training_nhwc, len(subtract), vectors)
     generals = dict(zip(subtract, map(general_gaussian, of_features), strict=True))
+    learning = _begun(scorer, training_nhwc, generals)
     with_context = bool(subtract and scorer.config.features.context_stages and scoring.context_weight != 0)
-    local = (scoring.by_kind or with_context) and _places_tell(scorer, training_nhwc, generals)
-    learning = _begun(scorer, training_nhwc, generals, local)
-    pixels, context = _of_all_photographs(scorer, training_nhwc, of_pixels, learning, with_context, local)
+    pixels, context = _of_all_photographs(scorer, training_nhwc, of_pixels, learning, with_context)
     pixel = place_gaussians(pixels) if pixels else None
     if not subtract:
         return [Taught(Measure(pixel, None, True), pixels, None)]
@@ -132,43 +131,40 @@ def _of_all_places(
     return general_gaussian(of_pixels) if of_pixels else None, of_features
 
 
-def _places_tell(scorer: Scorer, training_nhwc: np.ndarray, generals: Mapping[bool, NormalGaussian]) -> bool:
-    """Whether features as they are, where these may be measured, say that products lie as they should."""
-    if False not in generals:
-        return False
-    scoring, seed = scorer.config.scoring, scorer.config.training.seed
-    moments = Moments(place_projection(generals[False], scoring.place_dimensions, seed), by_place=True)
-    for features in _features_of(scorer, _some(training_nhwc)):
-        moments.add(features)
-    return explained_by_place(moments) >= PLACES_TELL
-
-
-def _begun(
-    scorer: Scorer, training_nhwc: np.ndarray, generals: Mapping[bool, NormalGaussian], local: bool
-) -> list[Learning]:
+def _begun(scorer: Scorer, training_nhwc: np.ndarray, generals: Mapping[bool, NormalGaussian]) -> list[Learning]:
     """The Gaussians by place and by kind that the config allows, whitened by those for all places; these by whether the
-    prediction is subtracted. local: whether kinds that are a choice know their places."""
+    prediction is subtracted."""
     scoring, seed = scorer.config.scoring, scorer.config.training.seed
+    if not (scoring.by_place or scoring.by_kind):
+        return []
     projections = {
         subtracted: place_projection(general, scoring.place_dimensions, seed)
         for subtracted, general in generals.items()
-        if scoring.by_place or scoring.by_kind
     }
-    lying, turned = scoring.place_turns is not True, scoring.place_turns is not False
+    asked = False in projections and (
+        scoring.place_turns is None or (scoring.by_kind and scoring.covariance == "select")
+    )
+    tell = asked and _explained_by_place(scorer, training_nhwc, projections[False]) >= PLACES_TELL
+    lying = scoring.place_turns is not True
+    turned = scoring.place_turns is True or (scoring.place_turns is None and not tell)
     begun = []
     if scoring.by_place:
         begun += [
             Learning(Moments(each, by_place=True), subtracted, lying or subtracted, turned and not subtracted)
             for subtracted, each in projections.items()
         ]
-    if scoring.covariance != "select":
-        local = scoring.covariance == "local"
-    elif local:  # turned photographs would only blur where what belongs
-        turned = not lying
+    local = tell if scoring.covariance == "select" else scoring.covariance == "local"
     for turns in [False] * lying + [True] * turned if scoring.by_kind else []:  # which see other kinds
         samples = _kind_samples(scorer, training_nhwc, TURNS if turns else 1, local)
         begun.append(Learning(KindMoments(samples, scoring.kinds, projections[False], seed), False, not turns, turns))
     return begun
+
+
+def _explained_by_place(scorer: Scorer, training_nhwc: np.ndarray, projection: Tensor) -> float:
+    moments = Moments(projection, by_place=True)
+    for features in _features_of(scorer, _some(training_nhwc)):
+        moments.add(features)
+    return explained_by_place(moments)
 
 
 def _kind_samples(scorer: Scorer, training_nhwc: np.ndarray, directions: int, local: bool) -> Tensor:
@@ -197,10 +193,9 @@ def _of_all_photographs(
     of_pixels: NormalGaussian | None,
     learning: Sequence[Learning],
     with_context: bool,
-    local: bool,
 ) -> tuple[Moments | None, NearestNormal | None]:
     """What takes all photographs: sums of the pixel branch at each place, whitened by the given Gaussian of all places, and the
-    cells that are kept of the context, placed where they are local; Gaussians of features learn on the way."""
+    cells that are kept of the context; Gaussians of features learn on the way."""
     if of_pixels is None and not learning and not with_context:
         return None, None
     pixels = Moments(of_pixels.whitening[0], by_place=True) if of_pixels else None
@@ -212,7 +207,7 @@ def _of_all_photographs(
             each.moments.add(evidence.residuals if each.subtracted else evidence.features)
         if sampled is not None:
             assert evidence.context is not None, "an extractor with context stages"
-            sampled.add(placed(evidence.context) if local else evidence.context)
+            sampled.add(evidence.context)
     return pixels, _context(scorer, sampled.samples()) if sampled else None
 
 

@@ -25,8 +25,8 @@ from pipeline.storage import Location
 from pipeline.storage_checks import require_exists
 
 FORMAT = 9
-"""Version of the files' layout; a reader refuses a higher one. 8 may measure features by kinds of cells, 9 by kinds, and context
-by kept cells, that know their places."""
+"""Version of the files' layout; a reader refuses a higher one. 8 may measure features by kinds of cells, 9 by kinds that
+know their places."""
 CONTEXT_APART = 6
 """The first format whose networks do not predict context, and whose kept cells are the extractor's own."""
 FOLDED = 7

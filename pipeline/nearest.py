@@ -1,7 +1,7 @@
 """Normal cells kept as they are: how far a vector at a cell lies from the nearest of them, wherever that was seen.
 
 PatchCore's memory (Roth et al. 2022). A Gaussian says what belongs at a place; this says what belongs to the product at
-all, which counts where parts turn or move; where products lie as they should, cells that lie near count as nearer.
+all, which counts where parts turn or move.
 """
 
 from __future__ import annotations
@@ -13,14 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.placed import PLACE_CHANNELS, placed
-
 CANDIDATES = 40_000
 """Cells of normal photographs that the kept ones are chosen from."""
 SKETCH = 64
 """Random directions in which candidates are compared with each other, as Roth et al. 2022 do: many times as fast."""
-PLACE = 0.3
-"""Variance of row and column, of that of a stage, where cells are placed."""
 FINEST = 1e-5
 """Smallest mean distance of normal cells from each other, of the square of their length: a hundred times the rounding."""
 
@@ -30,16 +26,14 @@ class NearestNormal:
     """Some cells of normal photographs; float32 on one device."""
 
     scale: Tensor
-    """(C,): channels are multiplied by it; (C + 2,) where cells are placed before."""
+    """(C,): channels are multiplied by it."""
     cells: Tensor
-    """(M, C) or (M, C + 2): kept cells, scaled."""
+    """(M, C): kept cells, scaled."""
     owners: Tensor | None = None
     """int64 (M,): the photograph of each, by its place among those that they were chosen from. Stored models forget it."""
 
     def distance(self, cells: Tensor) -> Tensor:
         """Squared distance from the nearest normal cell, (N, C, g, g) -> (N, g, g): about 1 for normal cells."""
-        if len(self.scale) > cells.shape[1]:
-            cells = placed(cells)
         rows = (cells * self.scale[:, None, None]).permute(0, 2, 3, 1).flatten(1, 2)
         # Image by image, so that none's rounding depends on how many there are.
         return torch.stack([nearest_distance(image, self.cells) for image in rows]).unflatten(1, cells.shape[2:])
@@ -79,16 +73,12 @@ class SampledCells:
 def nearest_normal(samples: Tensor, stages: Sequence[int], count: int, seed: int) -> NearestNormal:
     """Keep `count` cells, at most half, of those sampled (P, k, C), P >= 2, such that the others lie near one of them.
 
-    stages: the channels of each, C together, or C - 2 where samples are placed. Within a stage channels count as the extractor
-    gives them; stages count alike, by their variance, and places `PLACE` as much.
+    stages: the channels of each, C together. Within a stage channels count as the extractor gives them; stages count
+    alike, by their variance.
     """
     rows = samples.flatten(0, 1)
-    know_places = rows.shape[1] > sum(stages)
-    parts = [*stages, *[PLACE_CHANNELS] * know_places]
-    totals = [part.var(0).sum().clamp(min=1e-12) for part in rows.split(parts, 1)]
-    scale = torch.cat([total.rsqrt().expand(channels) for total, channels in zip(totals, parts, strict=True)])
-    if know_places:
-        scale[-PLACE_CHANNELS:] *= PLACE**0.5
+    totals = [stage.var(0).sum().clamp(min=1e-12) for stage in rows.split(list(stages), 1)]
+    scale = torch.cat([total.rsqrt().expand(channels) for total, channels in zip(totals, stages, strict=True)])
     scaled = rows * scale
     chosen = spread_out(scaled, max(1, min(count, len(scaled) // 2)), seed)
     kept, owners = scaled[chosen], chosen // samples.shape[1]

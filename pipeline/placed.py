@@ -1,4 +1,4 @@
-"""Where cells lie, as two more channels: kinds that are told apart by it, and kept cells, then know their place."""
+"""Where cells lie, as two more channels: kinds that are told apart by it know their places."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from pipeline import measures
-from pipeline.features import FeatureExtractor
 from pipeline.measures import fit_measures
 from pipeline.scoring import Scorer
 
@@ -102,31 +101,28 @@ def test_gaussians_of_places_and_kinds_learn_features_from_photographs_in_four_d
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-def test_kinds_and_kept_cells_know_their_places_where_these_tell_much(fitted, variant, photographs, aligned):
+def test_kinds_know_their_places_and_nothing_is_turned_where_places_tell_much(fitted, variant, photographs, aligned):
     denoiser = fitted.result()
-    settings = {"covariance": "select", "prediction": "select", "place_dimensions": 7, "kinds": 5}
-    denoiser.config = variant(
-        scoring=settings | {"context_weight": None, "place_turns": None}, features={"context_stages": (2,)}
-    )
     rng = np.random.default_rng(0)
     shown = np.stack([rng.permuted(image.reshape(-1, 3), axis=0).reshape(image.shape) for image in photographs])
     if aligned:
         shown[:, 8:24, 8:24] = 250 - shown[:, 8:24, 8:24] // 4
-    extractor = FeatureExtractor.of(denoiser.config.features, context=True)
-    found = measures_of(Scorer(denoiser, extractor), shown)
-    kinds = {("local", False)} if aligned else {("kind", False), ("kind", True)}
-    assert {(m.covariance, m.turned) for m in found} == kinds | {("general", False), ("place", False), ("place", True)}
-    channels = extractor.stage_channels[2] + 2 * aligned
-    assert {m.context.cells.shape[1] for m in found if m.context is not None} == {channels}
 
+    def allowed(**settings):
+        scoring = {"covariance": "select", "prediction": "select", "place_dimensions": 7, "kinds": 5} | settings
+        denoiser.config = variant(scoring=scoring)
+        found = measures_of(Scorer(denoiser, fitted.extractor), shown)
+        return {(m.covariance, m.turned) for m in found if m.covariance != "general"}
 
-def test_places_are_not_asked_after_where_only_what_the_prediction_leaves_is_measured(fitted, variant, photographs):
-    denoiser = fitted.result()
-    settings = {"covariance": "place", "place_dimensions": 7, "context_weight": 0.5}
-    denoiser.config = variant(scoring=settings, features={"context_stages": (2,)})
-    extractor = FeatureExtractor.of(denoiser.config.features, context=True)
-    (measure,) = measures_of(Scorer(denoiser, extractor), photographs)
-    assert measure.context.cells.shape[1] == extractor.stage_channels[2]
+    own = "local" if aligned else "kind"
+    assert allowed() == {("place", False), (own, False)}
+    lying, turned = ({("place", turned), (own, turned)} for turned in (False, True))
+    assert allowed(place_turns=None) == (lying if aligned else lying | turned)
+    assert allowed(place_turns=True) == turned | {("place", False)}, "what the prediction leaves is never turned"
+    assert allowed(place_turns=None, kinds=0) == {("place", False)} | (set() if aligned else {("place", True)})
+    asked = {"prediction": "ignore", "place_turns": None}
+    assert allowed(covariance="kind", **asked) == {("kind", False)} | (set() if aligned else {("kind", True)})
+    assert allowed(covariance="local", **asked) == {("local", False)} | (set() if aligned else {("local", True)})
 
 
 def test_features_without_the_network_are_those_of_the_evidence(scorer, fresh):

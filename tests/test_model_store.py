@@ -16,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import BatchNorm2d
 
-from pipeline import measures
 from pipeline.calibration import calibrate
 from pipeline.denoiser import Denoiser
 from pipeline.errors import UserError
@@ -109,16 +108,14 @@ def test_context_reach_and_turns_come_back(models, calibrated, fresh):
 
 
 @pytest.mark.parametrize("covariance", ["kind", "local"])
-def test_gaussians_of_kinds_come_back(models, calibrated, fresh, monkeypatch, covariance):
-    monkeypatch.setattr(measures, "PLACES_TELL", 0.0)  # the context knows its place
+def test_gaussians_of_kinds_come_back(models, calibrated, fresh, covariance):
     by_kind = {"covariance": covariance, "prediction": "ignore", "kinds": 9, "place_dimensions": 7, "place_turns": True}
-    scorer = calibrated(scoring=by_kind | {"alpha": 0.2, "context_weight": 0.5}, features={"context_stages": (1,)})
+    scorer = calibrated(scoring=by_kind | {"alpha": 0.2})
     folder = as_path(save_model(models, "cloth", "v1", scorer, None, {}))
     publish(models, "cloth", "v1")
     info = model_info(models, "cloth")
     loaded = load_scorer(info)
     assert (info.turned, loaded.calibration.measure.covariance) == (True, covariance)
-    assert len(loaded.calibration.measure.context.scale) == loaded.extractor.stage_channels[1] + 2
     np.testing.assert_array_equal(loaded.score(fresh).maps, scorer.score(fresh).maps)
     assert json.loads((folder / "model.json").read_text())["format"] == 9
     rewrite(folder / "model.json", format=10)

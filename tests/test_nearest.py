@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.nearest import CANDIDATES, PLACE, SKETCH, NearestNormal, SampledCells, nearest_normal, spread_out
-from pipeline.placed import placed
+from pipeline.nearest import CANDIDATES, SKETCH, NearestNormal, SampledCells, nearest_normal, spread_out
 
 CHANNELS, GRID = 6, 8
 
@@ -79,23 +78,6 @@ def test_what_is_normal_somewhere_is_normal_everywhere(centres: torch.Tensor) ->
     photograph = rows[: GRID * GRID].T.reshape(1, CHANNELS, GRID, GRID)
     turned = photograph.rot90(1, (2, 3))
     torch.testing.assert_close(nearest.distance(turned), nearest.distance(photograph).rot90(1, (1, 2)))
-
-
-def test_placed_cells_are_normal_near_where_they_were_seen(centres: torch.Tensor) -> None:
-    at_places = centres[torch.arange(GRID) % len(centres)].T[None, :, None].expand(40, -1, GRID, -1)  # columns differ
-    photographs = at_places + 0.1 * torch.randn(at_places.shape, generator=torch.Generator().manual_seed(2))
-    plain, near = SampledCells(40, seed=0), SampledCells(40, seed=0)
-    plain.add(photographs)
-    near.add(placed(photographs))
-    anywhere, there = (nearest_normal(each.samples(), [2, 4], 500, seed=0) for each in (plain, near))
-    variances = (near.samples().flatten(0, 1) * there.scale).var(0)
-    torch.testing.assert_close(variances[:2].sum(), variances[2:6].sum(), rtol=1e-3, atol=0)
-    torch.testing.assert_close(variances[6:].sum(), PLACE * variances[:2].sum(), rtol=1e-3, atol=0)
-    moved = photographs.roll(4, dims=3)
-    assert there.distance(photographs).mean() == pytest.approx(1, abs=0.3)
-    assert there.distance(moved).mean() > 4 * there.distance(photographs).mean()
-    assert anywhere.distance(moved).mean() < 1.5 * anywhere.distance(photographs).mean()
-    assert all(torch.equal(there.distance(moved[i : i + 1])[0], there.distance(moved)[i]) for i in range(3))
 
 
 def test_stages_count_alike_and_channels_as_the_extractor_gives_them(centres: torch.Tensor) -> None:
