@@ -235,7 +235,7 @@ def measure(options: Benchmark) -> Measured:
         scorer = load_scorer(scoring_model(Location.parse(options.models), options.category), device=device)
         held_out = held_out_photographs(scorer, Location.parse(options.dataset), options.category)
         # Other defects than those that calibration chose by.
-        return measure_restore(scorer, held_out[: options.images], scorer.config.training.seed + 2)
+        return measure_restore(scorer, held_out[: options.images], scorer.config.training.seed + 1)
     matrix_side = options.matrix or (8192 if device.type == "cuda" else 4096)
     if isinstance(options, Train):
         config = load_config(options.preset, options.set)

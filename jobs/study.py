@@ -20,6 +20,7 @@ from pipeline.images import ImageError, decode_mask, resize_mask
 from pipeline.measures import fit_measures
 from pipeline.model_store import model_categories, scoring_model
 from pipeline.model_weights import load_scorer, load_uncalibrated
+from pipeline.scoring import Measure
 from pipeline.selection import summary
 from pipeline.storage import Location
 from pipeline.storage_checks import require_writable
@@ -109,12 +110,23 @@ def study_category(
                 raise UserError(f"{record.mask}: {error}: replace it") from error
     implants = judged_images(normal[held_out], config.training.seed)
     measures = [taught.measure for taught in fit_measures(scorer, normal[training])]
+    if not any(chosen_alike(calibration.measure, measure) for measure in measures):
+        raise UserError(
+            f"the model of {category!r} chose a way of scoring that is none any more: calibrate it anew "
+            "(train_all.py --calibrate-only, with its settings)"
+        )
     rows = []
     for judged in (implants, Judged(labelled, masks, np.ones((1, len(labelled)), bool))):
         candidates = measured(scorer, measures, normal[held_out], judged.images)
         rows.append([choice for candidate in candidates for choice in judge(scorer, candidate, judged)])
     entries = [row(*pair) for pair in zip(*rows, strict=True)]
     return [entry | {"chosen": kept.items() <= entry.items()} for entry in entries]
+
+
+def chosen_alike(one: Measure, other: Measure) -> bool:
+    """Whether two measures are the same choice, whatever taught them."""
+    names = ("covariance", "subtract_prediction", "context_weight", "reach", "turned")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def row(implanted: Choice, labelled: Choice) -> dict[str, Any]:

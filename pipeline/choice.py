@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.config import ScoringConfig
-from pipeline.defects import MARKS, STRUCTURE
+from pipeline.defects import STRUCTURE
 from pipeline.metrics import LocalizationMetrics, auroc, score_counts
 from pipeline.scoring import BranchMaps, Calibration, Scorer, stored_map, top_means
-from pipeline.textures import implant
+from pipeline.textures import DEFECTS, implant
 
 ALPHAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 """Weights of the pixel branch that are tried where a model chooses its own; the first of equals wins."""
 TOP_PIXELS = (64, 256, 1024, 4096)
 """Counts of largest map values in the image score that are tried where a model chooses its own."""
-FAMILIES = MARKS, STRUCTURE
-"""They count alike, or the number of kinds that we know to paint of each would decide what a model looks for."""
+FEWEST_OF_FAMILY = 8
+"""Images with defects of a family that it takes to weigh as much as the other; below, all defects count together."""
 DEFECTS_PER_IMAGE = 4
-"""Implanted versions of every held-out image that all ways of scoring are judged on."""
+"""Implanted versions of every held-out image that choices are made on."""
 SMALLEST_DEFECT = 0.2
 """Least size of their defects; the logarithm of the size is uniform from there to 1. Who sees only large ones looks for them."""
 
@@ -33,7 +32,7 @@ class Choice:
 
     scoring: ScoringConfig
     covariance: str
-    """none, general, place, kind or local: what measured the features."""
+    """none, general, place or kind: what measured the features."""
     subtract_prediction: bool
     context_weight: float
     reach: int
@@ -47,8 +46,6 @@ class Choice:
     pro: float
     """Up to a false-positive rate of 0.3."""
     image_auroc: float
-    defect_scores: tuple[np.ndarray, ...] = field(compare=False, repr=False)
-    """Image scores, float64 (k,), of the images with defects of each family."""
 
     @property
     def merit(self) -> float:
@@ -64,7 +61,8 @@ class Judged(NamedTuple):
     masks: np.ndarray
     """bool (m, H, W): where the defect is."""
     families: np.ndarray
-    """bool (F, m): the images with defects of each family, and all normal ones."""
+    """bool (F, m): the images with defects of each family, and all normal ones. Families count alike, or the number of
+    kinds that we know to paint of each would decide what a model looks for."""
 
 
 class Candidate(NamedTuple):
@@ -74,27 +72,28 @@ class Candidate(NamedTuple):
     parts: list[BranchMaps]
 
 
-def judged_images(held_out_nhwc: np.ndarray, seed: int, *, versions: int = DEFECTS_PER_IMAGE) -> Judged:
+def judged_images(held_out_nhwc: np.ndarray, seed: int) -> Judged:
     """Held-out images, uint8 (n, H, W, 3), with implanted defects, then as they are; marks and structure are families."""
-    images, masks, structural = implanted(held_out_nhwc, seed, versions=versions)
+    images, masks, structural = implanted(held_out_nhwc, seed)
     none = np.zeros((len(held_out_nhwc), *masks.shape[1:]), bool)
     normal = np.ones(len(held_out_nhwc), bool)
+    families = [~structural, structural]
+    if min(family.sum() for family in families) < FEWEST_OF_FAMILY:
+        families = [np.ones(len(images), bool)]
     return Judged(
         np.concatenate([images, held_out_nhwc]),
         np.concatenate([masks, none]),
-        np.stack([np.concatenate([family, normal]) for family in (~structural, structural)]),
+        np.stack([np.concatenate([family, normal]) for family in families]),
     )
 
 
 def implanted(
-    normal_nhwc: np.ndarray, seed: int, *, versions: int, smallest: float = SMALLEST_DEFECT
+    normal_nhwc: np.ndarray, seed: int, *, versions: int = DEFECTS_PER_IMAGE, smallest: float = SMALLEST_DEFECT
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """So many versions of every photograph with one defect each, uint8 (m, H, W, 3), their masks, bool (m, H, W), and whether
-    the defect is of structure, bool (m,): every other one, since what counts alike should be known alike. smallest: the defects'
-    least size (see `implant`); 1 makes them all easily seen."""
+    the defect is of structure, bool (m,). smallest: the defects' least size (see `implant`); 1 makes them all easily seen."""
     rng = np.random.default_rng(seed)
-    numbers = [i + turn for turn in range(versions) for i in range(len(normal_nhwc))]
-    kinds = [family[number // 2 % len(family)] for number in numbers for family in [FAMILIES[number % 2]]]
+    kinds = [DEFECTS[(i + turn) % len(DEFECTS)] for turn in range(versions) for i in range(len(normal_nhwc))]
     sizes = smallest ** np.random.default_rng((seed, 1)).uniform(size=len(kinds))
     pairs = [
         implant(normal_nhwc[n % len(normal_nhwc)], kind, rng, size=size)
@@ -128,11 +127,8 @@ def judge(scorer: Scorer, candidate: Candidate, judged: Judged) -> list[Choice]:
                 scores[alpha, top].append(values.cpu().numpy())
     found = {alpha: [metric.compute() for metric in metrics[alpha]] for alpha in alphas}
     anomalous = np.asarray(judged.masks.any(axis=(1, 2)))
-    choices = []
-    for (alpha, top), values in scores.items():
-        of_images = np.concatenate(values)
-        defective = tuple(of_images[family & anomalous] for family in judged.families)
-        choice = Choice(
+    return [
+        Choice(
             scoring=scoring,
             covariance=measure.covariance,
             subtract_prediction=measure.subtract_prediction,
@@ -143,21 +139,10 @@ def judge(scorer: Scorer, candidate: Candidate, judged: Judged) -> list[Choice]:
             top_pixels=top,
             pixel_auroc=_mean([figures["pixel_auroc"] for figures in found[alpha]]),
             pro=_mean([figures["pro_0.30"] for figures in found[alpha]]),
-            image_auroc=image_auroc(defective, of_images[~anomalous]),
-            defect_scores=defective,
+            image_auroc=_mean([auroc(*score_counts(np.concatenate(values)[f], anomalous[f])) for f in judged.families]),
         )
-        choices.append(choice)
-    return choices
-
-
-def image_auroc(defective: Sequence[np.ndarray], normal: np.ndarray) -> float:
-    """How well image scores tell images with defects, (k,) of each family, from normal ones, (n,): the mean over families."""
-    return _mean(
-        [
-            auroc(*score_counts(np.concatenate([scores, normal]), np.arange(len(scores) + len(normal)) < len(scores)))
-            for scores in defective
-        ]
-    )
+        for (alpha, top), values in scores.items()
+    ]
 
 
 def _mean(figures: list[float]) -> float:

@@ -150,10 +150,10 @@ class ScoringConfig(Section):
     prediction: Literal["subtract", "ignore", "select"] = "subtract"
     """What the feature branch measures: features minus the network's prediction, or minus those of the restored image
     (published), the features themselves, or whichever finds defects implanted in held-out normal images best."""
-    covariance: Literal["none", "general", "place", "kind", "local", "select"] = "none"
+    covariance: Literal["none", "general", "place", "kind", "select"] = "none"
     """How the feature branch measures: as published (plain squares, or the cosine distance from restored features),
-    Mahalanobis distance under the Gaussian of normal images in general, at each place, or (only of features as they are) of each
-    kind of cell or each kind in its place, or whichever finds defects implanted in held-out normal images best."""
+    Mahalanobis distance under the Gaussian of normal images in general, at each place or of each kind of cell (only of features
+    as they are), or whichever finds defects implanted in held-out normal images best."""
     context_weight: float | None = Field(0.0, ge=0, le=1)
     """Weight in the feature branch of how far `features.context_stages` lie from the nearest of the kept normal cells;
     `features.stages` have the rest. null: each model takes the one that finds defects implanted in its held-out normal images
@@ -163,17 +163,17 @@ class ScoringConfig(Section):
     place_dimensions: int = Field(100, ge=1)
     """Random directions kept for the Gaussian of each place or kind; memory grows with the square."""
     kinds: int = Field(0, ge=0, le=4096)
-    """Kinds of cells that have a Gaussian of their own where `covariance` is "kind" or "local", or where it is "select" and they
-    find implanted defects best: kinds wherever they lie, for textures and products in any direction, where places tell little of
-    what photographs show; kinds in their places where these tell much. Memory grows with it. 0: none."""
+    """Kinds of cells that have a Gaussian of their own where `covariance` is "kind", or where it is "select", places tell little
+    of what photographs show, and kinds find implanted defects best: for textures, and products that lie in any direction.
+    Memory grows with it. 0: none."""
     place_reach: int | None = Field(0, ge=0, le=8)
     """Cells, rows plus columns, that a part may lie from where it usually does: features but for context are measured under the
     Gaussian of the place so near that expects them most; time and memory grow with the square. null: each model takes none or
     one, whichever finds defects implanted in its held-out normal images best."""
     place_turns: bool | None = False
     """Whether Gaussians of places and kinds learn features as they are from photographs turned by quarter turns, too: for
-    products that lie in any direction. null: each model does where that finds defects implanted in its held-out normal images
-    best, and places tell little of what photographs show."""
+    products that lie in any direction. null: each model does where places tell little of what photographs show and that finds
+    defects implanted in its held-out normal images best."""
     map_sigma: float = Field(0.0, ge=0)
     """Gaussian smoothing of the final map, in map pixels."""
     map_size: int = Field(256, ge=16)
@@ -194,7 +194,7 @@ class ScoringConfig(Section):
     @property
     def by_kind(self) -> bool:
         """Whether features as they are are measured, or may be, by Gaussians of kinds of cells."""
-        return self.covariance in ("kind", "local") or (
+        return self.covariance == "kind" or (
             self.covariance == "select" and self.kinds > 0 and self.prediction != "subtract"
         )
 
@@ -268,14 +268,11 @@ class Config(Section):
         by_place_or_kind = self.scoring.by_place or self.scoring.by_kind
         if self.scoring.place_turns and not (by_place_or_kind and self.scoring.prediction != "subtract"):
             raise ValueError(
-                'scoring.place_turns = True: needs scoring.covariance "place", "kind", "local" or "select", and '
-                'scoring.prediction other than "subtract"'
+                'scoring.place_turns = True: needs scoring.covariance "place", "kind" or "select", and scoring.prediction other '
+                'than "subtract"'
             )
-        by_kind = self.scoring.covariance in ("kind", "local")
-        if by_kind and not (self.scoring.kinds and self.scoring.prediction == "ignore"):
-            raise ValueError(
-                f'scoring.covariance = "{self.scoring.covariance}": needs scoring.kinds, and scoring.prediction = "ignore"'
-            )
+        if self.scoring.covariance == "kind" and not (self.scoring.kinds and self.scoring.prediction == "ignore"):
+            raise ValueError('scoring.covariance = "kind": needs scoring.kinds, and scoring.prediction = "ignore"')
         if self.scoring.context_weight and not self.features.context_stages:
             raise ValueError(f"scoring.context_weight = {self.scoring.context_weight}: needs features.context_stages")
         if max(self.scoring.timesteps) >= self.scoring.respaced_steps:

@@ -216,6 +216,4 @@ PAINTERS: dict[str, Painter] = {
 }
 
 STRUCTURE = ("moved_piece", "bent")
-"""Kinds that show nothing foreign, only the photograph's own content where it does not belong."""
-MARKS = tuple(kind for kind in PAINTERS if kind not in STRUCTURE)
-"""The others."""
+"""Kinds that show nothing foreign, only the photograph's own content where it does not belong; the others are marks."""

@@ -1,8 +1,7 @@
 """Gaussians of kinds of cells: what normal photographs show falls into some hundred kinds, wherever it lies.
 
 Between the Gaussian of all cells and that of each place (gaussian.py): for textures, and for products that lie in any
-direction, which show little twice at the same place but the same things all over. Kinds that are told apart by where cells lie,
-too, are for products that lie as they should, but not exactly: a few cells that lie together and look alike are of a kind.
+direction, which show little twice at the same place but the same things all over.
 """
 
 from __future__ import annotations
@@ -16,14 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.gaussian import inverse_factor
-from pipeline.placed import PLACE_CHANNELS, placed
 
 ASKED = 2
 """Kinds that answer for a cell, those with the nearest centres: which it is of is not always plain."""
 FINDING = 64
 """Directions in which kinds are told apart, at most."""
-PLACE = 30.0
-"""Variance of row and column, of that of all else that kinds are told apart by, where they are told apart by place, too."""
 CANDIDATES = 100_000
 """Cells of normal photographs that kinds are told from."""
 LEAST_VARIANCE = 1e-3
@@ -39,7 +35,7 @@ class KindGaussians:
     """A Gaussian for each of K kinds of cells; float32 on one device, about K d d numbers."""
 
     finding: Tensor
-    """(c, C): applied to vectors before they are compared with centres; (c, C + 2) where these are placed before."""
+    """(c, C): applied to vectors before they are compared with centres."""
     centres: Tensor
     """(K, c): a vector is of the kind whose centre is nearest."""
     projection: Tensor
@@ -49,15 +45,7 @@ class KindGaussians:
     whitening: Tensor
     """(K, d, d): inverse Cholesky factors of the covariances of projected vectors."""
 
-    @property
-    def local(self) -> bool:
-        """Whether kinds are told apart by where cells lie, too."""
-        return self.finding.shape[1] > self.projection.shape[1]
-
-    @property
-    def covariance(self) -> str:
-        """Its name among settings."""
-        return "local" if self.local else "kind"
+    covariance = "kind"
 
     def __post_init__(self) -> None:
         # However it comes, in the layout in which products round alike however many there are at once, on every CPU seen.
@@ -65,20 +53,15 @@ class KindGaussians:
 
     def distance(self, cells: Tensor) -> Tensor:
         """Least squared Mahalanobis distance over d from `ASKED` kinds, (N, C, G, G) -> (N, G, G): about 1 for normal cells."""
-        rows, told = rows_of(cells), rows_of(placed(cells) if self.local else cells)
+        rows = cells.permute(0, 2, 3, 1).flatten(1, 2)
         # Image by image, so that none's rounding depends on how many there are.
-        asked = torch.stack([nearest_kinds(image @ self.finding.T, self.centres, ASKED) for image in told])
+        asked = torch.stack([nearest_kinds(image @ self.finding.T, self.centres, ASKED) for image in rows])
         groups = Grouped.by(asked.flatten(), len(self.centres))
         projected = F.linear(rows.flatten(0, 1), self.projection).repeat_interleave(asked.shape[-1], 0)
         centred = groups.side_by_side(projected) - self.mean[groups.kinds, None]
         white = torch.bmm(centred, self.whitening[groups.kinds].mT)
         found = torch.linalg.vector_norm(white, dim=-1).square() / white.shape[-1]
         return found.flatten()[groups.slots].view(asked.shape).amin(-1).unflatten(1, cells.shape[2:])
-
-
-def rows_of(cells: Tensor) -> Tensor:
-    """A row of channels for each cell: (N, C, G, G) -> (N, G * G, C)."""
-    return cells.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def nearest_kinds(found: Tensor, centres: Tensor, count: int) -> Tensor:
@@ -120,19 +103,13 @@ class KindMoments:
     """Running sums of the projected vectors of every kind: constant memory however many images."""
 
     def __init__(self, samples: Tensor, count: int, projection: Tensor, seed: int) -> None:
-        """samples: vectors (n, C) that tell at most `count` kinds, or (n, C + 2), placed, where kinds are to know their places;
-        projection (d, C): as `place_projection` gives it."""
-        vectors = samples[:, : projection.shape[1]]
-        self.local = vectors.shape != samples.shape
-        self.finding = halfway_white(vectors)
-        if self.local:
-            weight = (PLACE / PLACE_CHANNELS * (vectors @ self.finding.T).var(0).sum()).sqrt()
-            self.finding = torch.block_diag(self.finding, weight * torch.eye(PLACE_CHANNELS, device=weight.device))
+        """samples: vectors (n, C) that tell at most `count` kinds; projection (d, C): as `place_projection` gives it."""
+        self.finding = halfway_white(samples)
         found = samples @ self.finding.T
         self.centres = kind_centres(found, count, seed)
         self.projection = projection
         kinds, dimensions = len(self.centres), len(projection)
-        sums = samples.new_zeros(kinds, dimensions).index_add_(0, own := self._of(found), vectors @ projection.T)
+        sums = samples.new_zeros(kinds, dimensions).index_add_(0, own := self._of(found), samples @ projection.T)
         self.origins = sums / torch.bincount(own, minlength=kinds).clamp(min=1)[:, None]
         """(K, d): about the means. Sums of squares about anything far away would tell little of small variances."""
         self.count = samples.new_zeros(kinds, dtype=torch.float64)
@@ -141,9 +118,9 @@ class KindMoments:
 
     def add(self, cells: Tensor) -> None:
         """Take (N, C, G, G) into account."""
-        told = rows_of(placed(cells) if self.local else cells).flatten(0, 1)
-        kinds = self._of(told @ self.finding.T)
-        centred = F.linear(rows_of(cells).flatten(0, 1), self.projection) - self.origins[kinds]
+        rows = cells.permute(0, 2, 3, 1).flatten(0, 2)
+        kinds = self._of(rows @ self.finding.T)
+        centred = F.linear(rows, self.projection) - self.origins[kinds]
         self.count += torch.bincount(kinds, minlength=len(self.count))
         self.total.index_add_(0, kinds, centred.double())
         groups = Grouped.by(kinds, len(self.centres))

@@ -20,7 +20,6 @@ from pipeline.gaussian import (
 )
 from pipeline.kinds import CANDIDATES, KindGaussians, KindMoments, kind_gaussians
 from pipeline.nearest import NearestNormal, SampledCells, nearest_normal
-from pipeline.placed import placed
 from pipeline.scoring import Evidence, Measure, Scorer
 
 CONTEXT_WEIGHTS = (0.0, 0.5, 0.75)
@@ -32,9 +31,9 @@ TURNS = 4
 GENERAL_IMAGES = 32
 """Training photographs that shape the Gaussians for all places."""
 PLACES_TELL = 0.15
-"""Share of features' variance that places explain from which kinds know their places, and nothing is learned from turned
-photographs: where products lie as they should a misplaced part is a defect. Seen were 0.06 to 0.09 of textures and products in
-any direction, 0.25 to 0.55 of others."""
+"""Share of features' variance that places explain from which models choose neither kinds nor turned photographs: where products
+lie as they should a misplaced part is a defect, which kinds cannot see, and which turned photographs would teach to be normal.
+Seen were 0.06 to 0.09 of textures and products in any direction, 0.25 to 0.55 of others."""
 
 Vectors = Callable[[Evidence], list[Tensor]]
 """What Gaussians measure of an image's features: with the prediction subtracted, or not, or both."""
@@ -141,21 +140,20 @@ def _begun(scorer: Scorer, training_nhwc: np.ndarray, generals: Mapping[bool, No
         subtracted: place_projection(general, scoring.place_dimensions, seed)
         for subtracted, general in generals.items()
     }
-    asked = False in projections and (
-        scoring.place_turns is None or (scoring.by_kind and scoring.covariance == "select")
-    )
+    choosing = scoring.place_turns is None or (scoring.by_kind and scoring.covariance == "select")
+    asked = choosing and False in projections
     tell = asked and _explained_by_place(scorer, training_nhwc, projections[False]) >= PLACES_TELL
     lying = scoring.place_turns is not True
-    turned = scoring.place_turns is True or (scoring.place_turns is None and not tell)
+    turned = not tell if scoring.place_turns is None else scoring.place_turns
     begun = []
     if scoring.by_place:
         begun += [
             Learning(Moments(each, by_place=True), subtracted, lying or subtracted, turned and not subtracted)
             for subtracted, each in projections.items()
         ]
-    local = tell if scoring.covariance == "select" else scoring.covariance == "local"
-    for turns in [False] * lying + [True] * turned if scoring.by_kind else []:  # which see other kinds
-        samples = _kind_samples(scorer, training_nhwc, TURNS if turns else 1, local)
+    by_kind = scoring.by_kind and (scoring.covariance == "kind" or not tell)
+    for turns in [False] * lying + [True] * turned if by_kind else []:  # which see other kinds
+        samples = _kind_samples(scorer, training_nhwc, TURNS if turns else 1)
         begun.append(Learning(KindMoments(samples, scoring.kinds, projections[False], seed), False, not turns, turns))
     return begun
 
@@ -167,13 +165,13 @@ def _explained_by_place(scorer: Scorer, training_nhwc: np.ndarray, projection: T
     return explained_by_place(moments)
 
 
-def _kind_samples(scorer: Scorer, training_nhwc: np.ndarray, directions: int, local: bool) -> Tensor:
-    """(n, C), or placed (n, C + 2): features of cells that kinds are told from, of some photographs in so many directions."""
+def _kind_samples(scorer: Scorer, training_nhwc: np.ndarray, directions: int) -> Tensor:
+    """(n, C): features of cells that kinds are told from, of some photographs in so many directions."""
     some = _some(training_nhwc)
     sampled = SampledCells(directions * len(some), scorer.config.training.seed, count=CANDIDATES)
     for turn in range(directions):
         for features in _features_of(scorer, np.rot90(some, turn, axes=(1, 2))):
-            sampled.add(placed(features) if local else features)
+            sampled.add(features)
     return sampled.samples().flatten(0, 1)
 
 

@@ -51,7 +51,7 @@ class Measure(NamedTuple):
 
     @property
     def covariance(self) -> str:
-        """What measures features: none, general, place, kind or local."""
+        """What measures features: none, general, place or kind."""
         return "none" if self.feature is None else self.feature.covariance
 
     def of_features(self, vectors: Tensor, context: Tensor | None, distance: Distance = distance_from) -> Tensor:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import calibration, measures
-from pipeline.calibration import FINAL_DEFECTS_PER_IMAGE, calibrate
-from pipeline.choice import ALPHAS, TOP_PIXELS, image_auroc, judged_images
+from pipeline import measures
+from pipeline.calibration import calibrate
+from pipeline.choice import ALPHAS, TOP_PIXELS
 from pipeline.cross_fitting import cross_fitted
 from pipeline.features import FeatureExtractor
 from pipeline.measures import CONTEXT_WEIGHTS, fit_measures
-from pipeline.scoring import BranchMaps, Scorer, top_means
+from pipeline.scoring import BranchMaps, Scorer
 from pipeline.thresholds import false_alarm_bound, normal_bound
 from tests.conftest import make_photographs
 
@@ -114,42 +114,6 @@ def test_the_best_way_of_scoring_is_kept(calibrated, fitted, variant, held_out, 
     assert alone.calibration.threshold == pytest.approx(scorer.calibration.threshold, rel=1e-3)
 
 
-def test_finalists_are_judged_on_more_defects_and_others(fitted, variant, held_out, photographs, monkeypatch):
-    asked = []
-
-    def noted(held_out_nhwc, seed, **settings):
-        asked.append(judged_images(held_out_nhwc, seed, **settings))
-        return asked[-1]
-
-    monkeypatch.setattr(calibration, "judged_images", noted)
-    monkeypatch.setattr(calibration, "FINALISTS", 2)
-    denoiser = fitted.result()
-
-    def choices(**settings):
-        denoiser.config = variant(scoring={"alpha": 0.0, "covariance": "select", "prediction": "select"} | settings)
-        scorer = Scorer(denoiser, fitted.extractor)
-        return calibrate(scorer, held_out, photographs).choices, scorer.calibration
-
-    tried, chosen = choices(top_pixels=None)
-    heats, finals = asked
-    assert len(tried) == 4 * len(TOP_PIXELS)
-    assert len(finals.images) == (FINAL_DEFECTS_PER_IMAGE + 1) * len(held_out)
-    assert not set(map(bytes, finals.images[: -len(held_out)])) & set(map(bytes, heats.images[: -len(held_out)]))
-    ways = [(choice.covariance, choice.subtract_prediction) for choice in tried]
-    finalists, others = set(ways[: 2 * len(TOP_PIXELS)]), set(ways[2 * len(TOP_PIXELS) :])
-    assert len(finalists) == len(others) == 2 and not finalists & others
-    for part in (tried[1 : 2 * len(TOP_PIXELS)], tried[2 * len(TOP_PIXELS) :]):
-        merits = [choice.merit for choice in part]
-        assert merits == sorted(merits, reverse=True)
-    assert (tried[0].top_pixels, tried[0].subtract_prediction) == (
-        chosen.top_pixels,
-        chosen.measure.subtract_prediction,
-    )
-    asked.clear()
-    (only,), _ = choices(covariance="general", prediction="ignore", top_pixels=64)
-    assert len(asked) == 1 and only.covariance == "general", "nothing to choose"
-
-
 def test_image_normalisation_scales_kl_by_its_own_image_and_leaves_features(calibrated, fresh):
     settings = {"normalisation": "image", "timesteps": (50,), "covariance": "none", "map_sigma": 0.0}
     scorer = calibrated(scoring=settings)
@@ -191,26 +155,6 @@ def test_a_training_photograph_that_is_not_normal_is_told_from_the_others(fitted
     assert found.training_scores[5] > 2 * np.delete(found.training_scores, 5).max()
 
 
-def test_the_image_score_is_chosen_on_all_normal_photographs(fitted, variant, photographs, held_out):
-    denoiser = fitted.result()
-    denoiser.config = variant(scoring={"covariance": "place", "place_dimensions": 7, "alpha": 0.3, "top_pixels": None})
-    scorer = Scorer(denoiser, fitted.extractor)
-    chosen, *others = calibrate(scorer, held_out, photographs).choices
-    (taught,) = fit_measures(scorer, photographs)
-    parts = [scorer.score(held_out), *cross_fitted(scorer, taught, photographs)]
-    maps = torch.from_numpy(np.concatenate([part.maps for part in parts])).float()
-    figures = {}
-    for choice in (chosen, *others):
-        (scores,) = top_means(maps, [choice.top_pixels]).numpy()
-        figures[choice.top_pixels] = image_auroc(choice.defect_scores, scores)
-    assert sorted(figures) == sorted(TOP_PIXELS)
-    assert chosen.image_auroc == pytest.approx(max(figures.values()))
-    assert chosen.image_auroc == pytest.approx(figures[chosen.top_pixels])
-    assert chosen.top_pixels == scorer.calibration.top_pixels
-    few = {choice.top_pixels: choice.image_auroc for choice in others}
-    assert any(few[top] != pytest.approx(figures[top]) for top in few), "held-out ones alone say something else"
-
-
 def test_photographs_that_the_network_knows_by_heart_do_not_count(fitted, variant, photographs, held_out, monkeypatch):
     denoiser = fitted.result()
     denoiser.config = variant(scoring={"covariance": "place", "place_dimensions": 7})
@@ -219,7 +163,7 @@ def test_photographs_that_the_network_knows_by_heart_do_not_count(fitted, varian
 
     def forgetful(batches, calibration):
         found = honest(batches, calibration)
-        return replace(found, maps=found.maps - (100 if calibration is not scorer.calibration else 0))
+        return replace(found, scores=found.scores - (100 if calibration is not scorer.calibration else 0))
 
     monkeypatch.setattr(scorer, "score_evidence", forgetful)
     assert calibrate(scorer, held_out, photographs).known_by_heart

@@ -163,11 +163,10 @@ def test_ways_of_scoring_have_their_own_pixel_branches():
         ("fast", "scoring.restoration.eta=0", 'only scoring.method = "restoration" looks at it'),
         ("demo", "scoring.place_reach=1", 'needs scoring.covariance "place" or "select"'),
         ("gaussian", "scoring.place_reach=9", "less than or equal to 8"),
-        ("demo", "scoring.place_turns=true", 'needs scoring.covariance "place", "kind", "local" or "select"'),
+        ("demo", "scoring.place_turns=true", 'needs scoring.covariance "place", "kind" or "select"'),
         ("fast", "scoring.place_turns=true scoring.prediction=subtract", 'scoring.prediction other than "subtract"'),
         ("texture", "scoring.covariance=kind scoring.prediction=ignore scoring.kinds=0", "needs scoring.kinds"),
         ("fast", "scoring.covariance=kind", 'scoring.prediction = "ignore"'),
-        ("fast", "scoring.covariance=local", '"local": needs scoring.kinds, and scoring.prediction = "ignore"'),
         ("gaussian", "scoring.prediction=subtract", 'and scoring.prediction = "ignore"'),
     ):
         with pytest.raises(UserError, match=told):

@@ -89,7 +89,6 @@ def test_kept_cells_of_some_photographs_are_left_out(cells: torch.Tensor) -> Non
         {"covariance": "place", "prediction": "ignore", "context_weight": 0.5},
         {"covariance": "kind", "prediction": "ignore", "kinds": 5},
         {"covariance": "kind", "prediction": "ignore", "kinds": 5, "place_turns": True},
-        {"covariance": "local", "prediction": "ignore", "kinds": 5},
     ],
 )
 def test_each_photograph_is_measured_by_what_the_others_taught(

@@ -17,7 +17,6 @@ from pipeline.kinds import (
     kind_centres,
     kind_gaussians,
 )
-from pipeline.placed import placed
 
 GRID, CHANNELS, KINDS = 8, 6, 5
 
@@ -47,14 +46,9 @@ def normal(means: torch.Tensor, shapes: torch.Tensor) -> torch.Tensor:
     return photographs(40, means, shapes, seed=3)
 
 
-def rows_of(cells: torch.Tensor) -> torch.Tensor:
-    """(n, C, GRID, GRID) -> (n GRID GRID, C)."""
-    return cells.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def fitted(batches: list[torch.Tensor], *, kinds: int = KINDS, seed: int = 0, local: bool = False) -> KindGaussians:
+def fitted(batches: list[torch.Tensor], *, kinds: int = KINDS, seed: int = 0) -> KindGaussians:
     general = fit_general(batches)
-    samples = rows_of(placed(torch.cat(batches)) if local else torch.cat(batches))
+    samples = torch.cat(batches).permute(0, 2, 3, 1).flatten(0, 2)
     moments = KindMoments(samples, kinds, place_projection(general, CHANNELS, seed), seed)
     for batch in batches:
         moments.add(batch)
@@ -62,15 +56,14 @@ def fitted(batches: list[torch.Tensor], *, kinds: int = KINDS, seed: int = 0, lo
 
 
 def of_kinds(gaussians: KindGaussians, rows: np.ndarray, normal: np.ndarray, count: int) -> np.ndarray:
-    """The least of the distances of rows (n, C) or placed (n, C + 2) under the Gaussians of the `count` nearest kinds, told from
-    normal ones."""
+    """The least of the distances of rows (n, C) under the Gaussians of the `count` nearest kinds, told from normal (m, C)."""
     finding, centres = gaussians.finding.double().numpy(), gaussians.centres.double().numpy()
     projection = gaussians.projection.double().numpy()
 
     def nearest(vectors: np.ndarray) -> np.ndarray:
         return ((vectors @ finding.T)[:, None] - centres).__pow__(2).sum(-1).argsort(1)
 
-    own, white = nearest(normal)[:, 0], normal[:, :CHANNELS] @ projection.T
+    own, white = nearest(normal)[:, 0], normal @ projection.T
     parts = [white[own == kind] for kind in range(len(centres))]
     within = sum(len(part) * np.cov(part.T, bias=True) for part in parts) / len(white)
     found = []
@@ -79,19 +72,15 @@ def of_kinds(gaussians: KindGaussians, rows: np.ndarray, normal: np.ndarray, cou
         covariance = (
             (1 - shrinkage) * np.cov(part.T, bias=True) + shrinkage * within + LEAST_VARIANCE * np.eye(CHANNELS)
         )
-        centred = rows[:, :CHANNELS] @ projection.T - part.mean(0)
+        centred = rows @ projection.T - part.mean(0)
         found.append(np.einsum("nc,cd,nd->n", centred, np.linalg.inv(covariance), centred) / CHANNELS)
     return np.take_along_axis(np.stack(found, 1), nearest(rows)[:, :count], 1).min(1)
 
 
-@pytest.mark.parametrize("local", [False, True])
-def test_the_distance_equals_numpys(
-    normal: torch.Tensor, means: torch.Tensor, shapes: torch.Tensor, local: bool
-) -> None:
-    gaussians = fitted(list(normal.split(7)), local=local)
-    assert gaussians.covariance == ("local" if local else "kind")
+def test_the_distance_equals_numpys(normal: torch.Tensor, means: torch.Tensor, shapes: torch.Tensor) -> None:
+    gaussians = fitted(list(normal.split(7)))
     others = photographs(5, means, 2 * shapes, seed=4)
-    rows, learned = (rows_of(placed(x) if local else x).double().numpy() for x in (others, normal))
+    rows, learned = (x.permute(0, 2, 3, 1).flatten(0, 2).double().numpy() for x in (others, normal))
     expected = of_kinds(gaussians, rows, learned, ASKED)
     np.testing.assert_allclose(gaussians.distance(others).flatten(), expected, rtol=5e-3)
 
@@ -101,9 +90,8 @@ def test_batches_do_not_matter_to_what_is_learned(normal: torch.Tensor) -> None:
     torch.testing.assert_close(one.distance(normal), other.distance(normal), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("local", [False, True])
-def test_a_photograph_is_told_the_same_in_any_company(normal: torch.Tensor, local: bool) -> None:
-    gaussians = fitted([normal], local=local)
+def test_a_photograph_is_told_the_same_in_any_company(normal: torch.Tensor) -> None:
+    gaussians = fitted([normal])
     alone = [gaussians.distance(photograph[None])[0] for photograph in normal[:8]]
     together = gaussians.distance(normal[:8])
     backwards = gaussians.distance(normal[:8].flip(0)).flip(0)
@@ -118,34 +106,14 @@ def test_what_lies_elsewhere_is_normal_and_what_mixes_two_kinds_is_not(
     kinds = torch.arange(GRID * GRID).view(GRID, GRID) % KINDS  # every place has its own
     at_places = (means[kinds] + 0.1 * torch.randn(60, GRID, GRID, CHANNELS, generator=generator)).permute(0, 3, 1, 2)
     of_kind, general = fitted([at_places]), fit_general([at_places])
-    local = fitted([at_places], kinds=2 * GRID * GRID, local=True)
     of_places = fit_places([at_places], general, CHANNELS, seed=0)
     moved = at_places.roll(1, dims=2)
     assert of_kind.distance(moved).mean() == pytest.approx(of_kind.distance(at_places).mean().item(), rel=0.01)
-    for known in (of_places, local):
-        assert known.distance(moved).mean() > 3 * known.distance(at_places).mean()
-    assert local.distance(at_places).mean() == pytest.approx(1, abs=0.3)
+    assert of_places.distance(moved).mean() > 3 * of_places.distance(at_places).mean()
     # A mixture lies amid all cells: near the Gaussian of all, far from every kind.
     mixed = (0.5 * (at_places + moved))[:5]
     assert of_kind.distance(mixed).median() > 20 * of_kind.distance(at_places).median()
     assert general.distance(mixed).median() < 2 * general.distance(at_places).median()
-
-
-def test_local_kinds_know_products_that_lie_a_cell_off_and_what_is_missing() -> None:
-    def shown(count: int, seed: int) -> torch.Tensor:
-        """A bright part on a ground, up to a cell away from where it usually lies, in every photograph by itself."""
-        generator = torch.Generator().manual_seed(seed)
-        cells = 0.1 * torch.randn(count, CHANNELS, GRID, GRID, generator=generator)
-        for photograph, (y, x) in zip(cells, torch.randint(3, (count, 2), generator=generator).tolist(), strict=True):
-            photograph[:, y + 1 : y + 5, x + 1 : x + 5] += 5.0
-        return cells
-
-    normal, new = shown(100, seed=0), shown(10, seed=1)
-    missing, elsewhere = 0.1 * torch.randn_like(new), new.roll(3, dims=3)
-    local, of_kind = fitted([normal], kinds=40, local=True), fitted([normal])
-    for strange in (missing, elsewhere):
-        assert local.distance(strange).amax((1, 2)).min() > 2 * local.distance(new).amax((1, 2)).max()
-        assert of_kind.distance(strange).amax((1, 2)).median() < 2 * of_kind.distance(new).amax((1, 2)).max()
 
 
 def test_normal_cells_lie_at_about_1(normal: torch.Tensor, means: torch.Tensor, shapes: torch.Tensor) -> None:

@@ -27,7 +27,6 @@ def measures_of(scorer, photographs):
             [(None, "general", True), (None, "general", False), (None, "place", True), (None, "place", False)],
         ),
         ({"covariance": "kind", "prediction": "ignore", "kinds": 9}, [(None, "kind", False)]),
-        ({"covariance": "local", "prediction": "ignore", "kinds": 9}, [(None, "local", False)]),
         (
             {"covariance": "select", "prediction": "select", "kinds": 9},
             [
@@ -50,8 +49,9 @@ def test_settings_allow_these_measures(fitted, variant, photographs, settings, e
     for measure in allowed:
         assert measure.context is None
         if measure.feature is not None:
-            shapes = {"general": (1, 40), "place": (64, 7), "kind": (9, 7), "local": (9, 7)}
-            assert measure.feature.mean.shape == shapes[measure.covariance]
+            assert (
+                measure.feature.mean.shape == {"general": (1, 40), "place": (64, 7), "kind": (9, 7)}[measure.covariance]
+            )
 
 
 @pytest.mark.parametrize(("place_reach", "expected"), [(None, [0, 1, 0]), (2, [2, 0])])
@@ -101,7 +101,7 @@ def test_gaussians_of_places_and_kinds_learn_features_from_photographs_in_four_d
 
 
 @pytest.mark.parametrize("aligned", [False, True])
-def test_kinds_know_their_places_and_nothing_is_turned_where_places_tell_much(fitted, variant, photographs, aligned):
+def test_kinds_and_turned_photographs_are_a_choice_where_places_tell_little(fitted, variant, photographs, aligned):
     denoiser = fitted.result()
     rng = np.random.default_rng(0)
     shown = np.stack([rng.permuted(image.reshape(-1, 3), axis=0).reshape(image.shape) for image in photographs])
@@ -114,15 +114,14 @@ def test_kinds_know_their_places_and_nothing_is_turned_where_places_tell_much(fi
         found = measures_of(Scorer(denoiser, fitted.extractor), shown)
         return {(m.covariance, m.turned) for m in found if m.covariance != "general"}
 
-    own = "local" if aligned else "kind"
-    assert allowed() == {("place", False), (own, False)}
-    lying, turned = ({("place", turned), (own, turned)} for turned in (False, True))
+    lying, turned = ({("place", turned)} | ({("kind", turned)} if not aligned else set()) for turned in (False, True))
+    assert allowed() == lying
     assert allowed(place_turns=None) == (lying if aligned else lying | turned)
     assert allowed(place_turns=True) == turned | {("place", False)}, "what the prediction leaves is never turned"
     assert allowed(place_turns=None, kinds=0) == {("place", False)} | (set() if aligned else {("place", True)})
-    asked = {"prediction": "ignore", "place_turns": None}
-    assert allowed(covariance="kind", **asked) == {("kind", False)} | (set() if aligned else {("kind", True)})
-    assert allowed(covariance="local", **asked) == {("local", False)} | (set() if aligned else {("local", True)})
+    asked = {"covariance": "kind", "prediction": "ignore"}
+    assert allowed(**asked, place_turns=None) == {("kind", False)} | (set() if aligned else {("kind", True)})
+    assert allowed(**asked, place_turns=True) == {("kind", True)}, "as asked, whatever places tell"
 
 
 def test_features_without_the_network_are_those_of_the_evidence(scorer, fresh):

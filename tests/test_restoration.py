@@ -64,7 +64,6 @@ def test_only_what_is_defective_changes(sensitive: Scorer, defective: np.ndarray
         ({"prediction": "ignore"}, {}),
         ({"covariance": "place", "place_dimensions": 7, "place_reach": 1}, {}),
         ({"covariance": "kind", "kinds": 9, "place_dimensions": 7, "prediction": "ignore"}, {}),
-        ({"covariance": "local", "kinds": 9, "place_dimensions": 7, "prediction": "ignore"}, {}),
         ({"covariance": "general", "context_weight": 0.9}, {"context_stages": (1,)}),
     ],
     ids=str,

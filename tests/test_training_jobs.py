@@ -108,6 +108,12 @@ def test_selection_from_published_weights_keeps_the_best_network_where_other_cat
     (kept,) = (row for row in rows if row["chosen"])
     assert sum(kept["implanted"].values()) == pytest.approx(merits[info.version], abs=0.002)
 
+    file = chosen / "gravel" / info.version / "model.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"context_weight": 0.4}))
+    status, _, errors = start("study", "--dataset", data, "--models", chosen)
+    assert status == 2
+    assert "chose a way of scoring that is none any more: calibrate it anew" in " ".join(errors.split())
+
 
 def test_versions_are_listed_pinned_and_trained_only_where_missing(
     models: Path, dataset: Path, tmp_path: Path, start: Callable[..., tuple[object, str, str]]
