@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -44,15 +44,16 @@ def run_tables(results: Location, categories: Sequence[str] = (), nights: Sequen
     """The tables of RECORDS, of these categories and nights only where given. Raises UserError for a damaged record."""
     with ThreadPoolExecutor(READ_THREADS) as threads:
         found = list(threads.map(_tables, _files(results, nights)))
+    # A model that several runs scored with is one model, and a year of nights names it every time.
+    normal_scores: dict[tuple[str, str], pa.Array] = {}
+    for each in found:
+        for model, scores in each.normal_scores.items():
+            normal_scores.setdefault(model, scores)
     joined = {
-        name: pa.concat_tables([schema.empty_table(), *(each[name] for each in found)])
-        for name, schema in RECORDS.items()
+        "runs": pa.concat_tables([RUNS_SCHEMA.empty_table(), *(each.runs for each in found)]),
+        "archives": pa.concat_tables([ARCHIVES_SCHEMA.empty_table(), *(each.archives for each in found)]),
+        "calibration": _calibration(normal_scores),
     }
-    # A model that several runs scored with is one model.
-    calibration = {tuple(row.values()): None for row in joined["calibration"].to_pylist()}
-    joined["calibration"] = _typed(
-        [dict(zip(CALIBRATION_SCHEMA.names, row, strict=True)) for row in calibration], "calibration"
-    )
     wanted = pa.array(categories, pa.string())
     return {
         name: table.filter(pc.is_in(table["category"], value_set=wanted))
@@ -93,8 +94,16 @@ def _record(file: Location) -> dict[str, Any]:
     raise UserError(f"{file} is not a readable run record ({reason}): remove it")
 
 
-def _tables(file: Location) -> dict[str, pa.Table]:
-    """Of one record."""
+class _Tables(NamedTuple):
+    """What one record says."""
+
+    runs: pa.Table
+    archives: pa.Table
+    normal_scores: dict[tuple[str, str], pa.Array]
+    """By category and model version."""
+
+
+def _tables(file: Location) -> _Tables:
     run = file.name.removesuffix(".json")
     try:
         record = _record(file)
@@ -102,18 +111,30 @@ def _tables(file: Location) -> dict[str, pa.Table]:
         archives = [
             each | {"run": run, "night": record["night"], "archive": each["location"]} for each in record["archives"]
         ]
-        scores = [
-            {"category": category, "model_version": record["models"][category], "rank": rank, "normal_score": score}
+        scores = {
+            (category, record["models"][category]): pa.array(found, pa.float64())
             for category, found in record.get("normal_scores", {}).items()
-            for rank, score in enumerate(found)
-        ]
-        return {
-            "runs": _typed([known], "runs"),
-            "archives": _typed(archives, "archives"),
-            "calibration": _typed(scores, "calibration"),
         }
+        return _Tables(_typed([known], "runs"), _typed(archives, "archives"), scores)
     except (KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         raise UserError(f"{file} is not a readable run record ({error!r}): remove it") from error
+
+
+def _calibration(normal_scores: Mapping[tuple[str, str], pa.Array]) -> pa.Table:
+    """A row for each score."""
+    parts = [
+        pa.Table.from_arrays(
+            [
+                pa.repeat(category, len(scores)),
+                pa.repeat(version, len(scores)),
+                pa.array(range(len(scores)), pa.int32()),
+                scores,
+            ],
+            schema=CALIBRATION_SCHEMA,
+        )
+        for (category, version), scores in normal_scores.items()
+    ]
+    return pa.concat_tables([CALIBRATION_SCHEMA.empty_table(), *parts])
 
 
 def _typed(rows: list[dict[str, Any]], name: str) -> pa.Table:

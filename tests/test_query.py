@@ -202,11 +202,29 @@ def test_results_without_any_table_have_views_without_rows(tmp_path: Path) -> No
         assert rows(Location.parse(tmp_path), f"SELECT * FROM {view}") == []
 
 
-@pytest.mark.parametrize("change", [{"counts": []}, {"normal_scores": None}, {"archives": [{}]}, {"started": "today"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *[{"counts": []}, {"archives": [{}]}, {"started": "today"}],
+        *[{"normal_scores": None}, {"normal_scores": {"widget": ["high"]}}, {"normal_scores": {"bolt": [1.0]}}],
+    ],
+)
 def test_a_damaged_record_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
     write_run(Location.parse(tmp_path), "x", record(NIGHT) | change)
     with pytest.raises(UserError, match=r"runs/x\.json"):
         rows(Location.parse(tmp_path), "SELECT * FROM runs")
+
+
+def test_a_models_normal_scores_are_ranked_once_however_many_runs_it_scored(tmp_path: Path) -> None:
+    older, newer = ({"widget": f"widget-{version}"} for version in ("1", "2"))
+    for i, change in enumerate(
+        [{"models": older}, {"models": older}, {"models": newer, "normal_scores": {"widget": [7.0]}}, {"models": older}]
+    ):
+        write_run(Location.parse(tmp_path), f"{NIGHT}-{i}", record(NIGHT) | change)
+    write(Location.parse(tmp_path))
+    found = rows(Location.parse(tmp_path), "SELECT * FROM calibration ORDER BY model_version, rank")
+    expected = [("widget", "widget-1", rank, score) for rank, score in enumerate(sorted(CALIBRATION.tolist()))]
+    assert [tuple(row.values()) for row in found] == [*expected, ("widget", "widget-2", 0, 7.0)]
 
 
 def test_nights_and_categories_restrict_every_view(results: Location) -> None:
