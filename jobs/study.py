@@ -20,13 +20,14 @@ from pipeline.images import ImageError, decode_mask, resize_mask
 from pipeline.measures import fit_measures
 from pipeline.model_store import model_categories, scoring_model
 from pipeline.model_weights import load_scorer, load_uncalibrated
-from pipeline.scoring import Measure
 from pipeline.selection import summary
 from pipeline.storage import Location
 from pipeline.storage_checks import require_writable
 from pipeline.training_images import data_fingerprint, load_photographs, split_holdout
 
 FIGURES = ("pixel_auroc", "pro_0.30", "image_auroc")
+MEASURE = ("covariance", "subtract_prediction", "context_weight", "reach", "turned")
+"""What tells measures that a model may choose from each other."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,8 @@ def study_category(
     info = scoring_model(models, category)
     calibration = load_scorer(info, device=device).calibration
     assert calibration is not None
-    kept = {
-        "covariance": calibration.measure.covariance,
-        "subtract_prediction": info.subtract_prediction,
-        "context_weight": info.context_weight,
-        "reach": info.reach,
-        "turned": info.turned,
-        "alpha": info.calibration["alpha"],
-        "top_pixels": info.calibration["top_pixels"],
-    }
+    chosen = {name: getattr(calibration.measure, name) for name in MEASURE}
+    kept = chosen | {name: info.calibration[name] for name in ("alpha", "top_pixels")}
     config = info.config
     scorer = load_uncalibrated(info, config, folded=info.folded, device=device)
     side = config.scoring.map_size
@@ -110,7 +104,7 @@ def study_category(
                 raise UserError(f"{record.mask}: {error}: replace it") from error
     implants = judged_images(normal[held_out], config.training.seed)
     measures = [taught.measure for taught in fit_measures(scorer, normal[training])]
-    if not any(chosen_alike(calibration.measure, measure) for measure in measures):
+    if chosen not in [{name: getattr(measure, name) for name in MEASURE} for measure in measures]:
         raise UserError(
             f"the model of {category!r} chose a way of scoring that is none any more: calibrate it anew "
             "(train_all.py --calibrate-only, with its settings)"
@@ -121,12 +115,6 @@ def study_category(
         rows.append([choice for candidate in candidates for choice in judge(scorer, candidate, judged)])
     entries = [row(*pair) for pair in zip(*rows, strict=True)]
     return [entry | {"chosen": kept.items() <= entry.items()} for entry in entries]
-
-
-def chosen_alike(one: Measure, other: Measure) -> bool:
-    """Whether two measures are the same choice, whatever taught them."""
-    names = ("covariance", "subtract_prediction", "context_weight", "reach", "turned")
-    return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def row(implanted: Choice, labelled: Choice) -> dict[str, Any]:
@@ -152,10 +140,7 @@ def rank_correlation(pairs: list[tuple[float | None, float | None]]) -> str:
 def alpha_table(category: str, rows: list[dict[str, Any]]) -> Table:
     """The weights of the pixel branch under the measure that the model chose."""
     chosen = next(entry for entry in rows if entry["chosen"])
-    measure = {
-        key: chosen[key]
-        for key in ("covariance", "subtract_prediction", "context_weight", "reach", "turned", "top_pixels")
-    }
+    measure = {key: chosen[key] for key in (*MEASURE, "top_pixels")}
     table = Table(title=f"{category}: {measure}", title_justify="left", box=None, padding=(0, 1, 0, 0))
     for name in ("alpha", "implanted", "labelled"):
         table.add_column(name, justify="right")
