@@ -1,9 +1,7 @@
 """Gaussians of kinds of cells: what normal photographs show falls into some hundred kinds, wherever it lies.
 
 Between the Gaussian of all cells and that of each place (gaussian.py): for textures, and for products that lie in any
-direction, which show little twice at the same place but the same things all over. Photographs of a kind of product differ from
-each other, in light or pose, and cells with them: how its surroundings deviate says much of how a cell does, and that is
-taken off before it is measured.
+direction, which show little twice at the same place but the same things all over.
 """
 
 from __future__ import annotations
@@ -24,10 +22,6 @@ FINDING = 64
 """Directions in which kinds are told apart, at most."""
 CANDIDATES = 100_000
 """Cells of normal photographs that kinds are told from."""
-APART = 7 / 32
-"""Of the grid's side, how far from a cell its surroundings are looked at: much nearer ones would share a defect with it."""
-RIDGE = 0.01
-"""Of each direction's variance, added where deviations are expected from those of the surroundings."""
 LEAST_VARIANCE = 1e-3
 """Of white space, added to every kind in all directions: what hardly varies in the photographs at hand may elsewhere."""
 ROUNDS = 25
@@ -50,10 +44,6 @@ class KindGaussians:
     """(K, d) of projected vectors."""
     whitening: Tensor
     """(K, d, d): inverse Cholesky factors of the covariances of projected vectors."""
-    origins: Tensor | None = None
-    """(K, d): what projected vectors of a kind deviate from. Like the next None in models of early releases."""
-    surroundings: Tensor | None = None
-    """(d, d): applied to the mean deviation of a cell's surroundings, gives what is expected of its own, which is taken off."""
 
     covariance = "kind"
 
@@ -63,28 +53,15 @@ class KindGaussians:
 
     def distance(self, cells: Tensor) -> Tensor:
         """Least squared Mahalanobis distance over d from `ASKED` kinds, (N, C, G, G) -> (N, G, G): about 1 for normal cells."""
-        rows = cells.permute(0, 2, 3, 1)
+        rows = cells.permute(0, 2, 3, 1).flatten(1, 2)
         # Image by image, so that none's rounding depends on how many there are.
-        found = (image.flatten(0, 1) @ self.finding.T for image in rows)
-        asked = torch.stack([nearest_kinds(image, self.centres, ASKED) for image in found])
+        asked = torch.stack([nearest_kinds(image @ self.finding.T, self.centres, ASKED) for image in rows])
         groups = Grouped.by(asked.flatten(), len(self.centres))
-        projected = F.linear(rows, self.projection)
-        if self.origins is not None and self.surroundings is not None:
-            deviations = projected - self.origins[asked[..., 0]].view_as(projected)
-            projected = projected - F.linear(surroundings_of(deviations), self.surroundings)
-        of_each = projected.flatten(0, 2).repeat_interleave(asked.shape[-1], 0)
-        centred = groups.side_by_side(of_each) - self.mean[groups.kinds, None]
+        projected = F.linear(rows.flatten(0, 1), self.projection).repeat_interleave(asked.shape[-1], 0)
+        centred = groups.side_by_side(projected) - self.mean[groups.kinds, None]
         white = torch.bmm(centred, self.whitening[groups.kinds].mT)
-        distances = torch.linalg.vector_norm(white, dim=-1).square() / white.shape[-1]
-        return distances.flatten()[groups.slots].view(asked.shape).amin(-1).unflatten(1, cells.shape[2:])
-
-
-def surroundings_of(rows: Tensor) -> Tensor:
-    """Mean of the vectors `APART` above, below, left and right of each, beyond an edge those at the edge; (N, G, G, c)."""
-    grid = rows.shape[1]
-    places, apart = torch.arange(grid, device=rows.device), max(1, round(APART * grid))
-    before, after = (places - apart).clamp(min=0), (places + apart).clamp(max=grid - 1)
-    return (rows[:, before] + rows[:, after] + rows[:, :, before] + rows[:, :, after]) / 4
+        found = torch.linalg.vector_norm(white, dim=-1).square() / white.shape[-1]
+        return found.flatten()[groups.slots].view(asked.shape).amin(-1).unflatten(1, cells.shape[2:])
 
 
 def nearest_kinds(found: Tensor, centres: Tensor, count: int) -> Tensor:
@@ -134,30 +111,16 @@ class KindMoments:
         kinds, dimensions = len(self.centres), len(projection)
         sums = samples.new_zeros(kinds, dimensions).index_add_(0, own := self._of(found), samples @ projection.T)
         self.origins = sums / torch.bincount(own, minlength=kinds).clamp(min=1)[:, None]
-        """(K, d): about the means, which deviations are from. Sums of squares about anything far away would tell little of small
-        variances."""
-        self.surroundings = samples.new_zeros(dimensions, dimensions)
-        """As `KindGaussians` has it; nothing is expected until `expect` is asked."""
+        """(K, d): about the means. Sums of squares about anything far away would tell little of small variances."""
         self.count = samples.new_zeros(kinds, dtype=torch.float64)
         self.total = samples.new_zeros(kinds, dimensions, dtype=torch.float64)
         self.outer = samples.new_zeros(kinds, dimensions, dimensions)
 
-    def expect(self, batches: Iterable[Tensor]) -> None:
-        """Besag 1974, section 5.2 (auto-normal schemes): learn from batches (N, C, G, G), by least squares with a ridge, what the
-        deviations of its surroundings say of a cell's own. Before anything is added."""
-        products, shared = (torch.zeros_like(self.surroundings, dtype=torch.float64) for _ in range(2))
-        for cells in batches:
-            _, deviations = self._deviations(cells)
-            around = surroundings_of(deviations).flatten(0, 2)
-            products += (around.T @ around).double()
-            shared += (around.T @ deviations.flatten(0, 2)).double()
-        ridge = (RIDGE * products.diagonal()).clamp(min=1e-12).diag()
-        self.surroundings = torch.linalg.solve(products + ridge, shared).T.float()
-
     def add(self, cells: Tensor) -> None:
         """Take (N, C, G, G) into account."""
-        kinds, deviations = self._deviations(cells)
-        centred = (deviations - F.linear(surroundings_of(deviations), self.surroundings)).flatten(0, 2)
+        rows = cells.permute(0, 2, 3, 1).flatten(0, 2)
+        kinds = self._of(rows @ self.finding.T)
+        centred = F.linear(rows, self.projection) - self.origins[kinds]
         self.count += torch.bincount(kinds, minlength=len(self.count))
         self.total.index_add_(0, kinds, centred.double())
         groups = Grouped.by(kinds, len(self.centres))
@@ -173,13 +136,6 @@ class KindMoments:
         rest = copy(self)
         rest.count, rest.total, rest.outer = self.count - part.count, self.total - part.total, self.outer - part.outer
         return rest
-
-    def _deviations(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Of (N, C, G, G): the kind of each cell, (N G G,), and how its projected vector deviates, (N, G, G, d)."""
-        rows = cells.permute(0, 2, 3, 1)
-        kinds = self._of(rows.flatten(0, 2) @ self.finding.T)
-        projected = F.linear(rows, self.projection)
-        return kinds, projected - self.origins[kinds].view_as(projected)
 
     def _of(self, found: Tensor) -> Tensor:
         return nearest_kinds(found, self.centres, 1)[:, 0]
@@ -205,8 +161,6 @@ def kind_gaussians(moments: KindMoments) -> KindGaussians:
         moments.projection,
         moments.origins[seen] + mean,
         whitening.half().float(),
-        moments.origins[seen],
-        moments.surroundings,
     )
 
 

@@ -154,9 +154,7 @@ def _begun(scorer: Scorer, training_nhwc: np.ndarray, generals: Mapping[bool, No
     by_kind = scoring.by_kind and (scoring.covariance == "kind" or not tell)
     for turns in [False] * lying + [True] * turned if by_kind else []:  # which see other kinds
         samples = _kind_samples(scorer, training_nhwc, TURNS if turns else 1)
-        moments = KindMoments(samples, scoring.kinds, projections[False], seed)
-        moments.expect(_in_directions(scorer, _some(training_nhwc), TURNS if turns else 1))
-        begun.append(Learning(moments, False, not turns, turns))
+        begun.append(Learning(KindMoments(samples, scoring.kinds, projections[False], seed), False, not turns, turns))
     return begun
 
 
@@ -171,8 +169,9 @@ def _kind_samples(scorer: Scorer, training_nhwc: np.ndarray, directions: int) ->
     """(n, C): features of cells that kinds are told from, of some photographs in so many directions."""
     some = _some(training_nhwc)
     sampled = SampledCells(directions * len(some), scorer.config.training.seed, count=CANDIDATES)
-    for features in _in_directions(scorer, some, directions):
-        sampled.add(features)
+    for turn in range(directions):
+        for features in _features_of(scorer, np.rot90(some, turn, axes=(1, 2))):
+            sampled.add(features)
     return sampled.samples().flatten(0, 1)
 
 
@@ -212,12 +211,7 @@ def _of_all_photographs(
 
 def features_of_turned(scorer: Scorer, images_nhwc: np.ndarray) -> Iterator[Tensor]:
     """The features of images in the other directions, batch by batch."""
-    return _in_directions(scorer, images_nhwc, TURNS, first=1)
-
-
-def _in_directions(scorer: Scorer, images_nhwc: np.ndarray, directions: int, *, first: int = 0) -> Iterator[Tensor]:
-    """The features of images turned by so many quarters from the first on, batch by batch."""
-    for turn in range(first, directions):
+    for turn in range(1, TURNS):
         yield from _features_of(scorer, np.rot90(images_nhwc, turn, axes=(1, 2)))
 
 

@@ -116,8 +116,8 @@ def test_gaussians_of_kinds_come_back(models, calibrated, fresh):
     loaded = load_scorer(info)
     assert (info.turned, loaded.calibration.measure.covariance) == (True, "kind")
     np.testing.assert_array_equal(loaded.score(fresh).maps, scorer.score(fresh).maps)
-    assert json.loads((folder / "model.json").read_text())["format"] == 9
-    rewrite(folder / "model.json", format=10)
+    assert json.loads((folder / "model.json").read_text())["format"] == 8
+    rewrite(folder / "model.json", format=9)
     with pytest.raises(UserError, match="newer"):
         model_info(models, "cloth")
 
@@ -131,14 +131,14 @@ def test_models_of_releases_that_knew_no_reach_have_none(models, stored, scorer,
     np.testing.assert_array_equal(load_scorer(info).score(fresh).maps, with_batch_norms(scorer).score(fresh).maps)
 
 
-@pytest.mark.parametrize(("format", "norms"), [(6, True), (7, False), (9, False)])
+@pytest.mark.parametrize(("format", "norms"), [(6, True), (7, False), (8, False)])
 def test_models_see_through_the_extractor_that_they_were_calibrated_with(models, stored, format, norms):
     """Whose features are rounded as those of normal photographs were."""
     rewrite(stored / "model.json", format=format)
     seeing = load_scorer(model_info(models, "cloth"))
     assert any(isinstance(module, BatchNorm2d) for module in seeing.extractor.modules()) == norms
     copied = as_path(save_model(models, "copy", "v1", seeing, None, {})) / "model.json"
-    assert json.loads(copied.read_text())["format"] == (6 if norms else 9)
+    assert json.loads(copied.read_text())["format"] == (6 if norms else 8)
 
 
 @pytest.fixture
