@@ -1,7 +1,8 @@
 """Training photographs scored as if they had been held out: what a model promises rests on ten times as many.
 
-What they taught is taken back from Gaussians, and cells kept of them are not asked. The network has seen them all the same, and
-they had their share in what whitens vectors, in which kinds there are and in the scale of kept cells.
+What they taught is taken back from Gaussians and from what is usual at a place, and cells kept of them are not asked. The
+network has seen them all the same, and they had their share in what whitens vectors, in which kinds there are and in the scale
+of kept cells.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from torch import Tensor
 
 from pipeline.evidence import Evidence
 from pipeline.gaussian import Moments, place_gaussians
-from pipeline.measures import Taught, evidence_of, features_of_turned, gaussians_of, general_places
+from pipeline.kinds import KindGaussians
+from pipeline.measures import (
+    Taught,
+    distances_at_places,
+    evidence_of,
+    features_of_turned,
+    gaussians_of,
+    general_places,
+)
 from pipeline.scoring import Measure, ScoredImages, Scorer
 
 FOLDS = 10
@@ -41,7 +50,7 @@ def cross_fitted(scorer: Scorer, taught: Taught, training_nhwc: np.ndarray) -> I
         images = training_nhwc[part]
         evidence = list(evidence_of(scorer, images))
         general = np.isin(part, np.arange(count)[general_places(count)])
-        measure = _taught_by_others(scorer, taught, part, images, evidence, general)
+        measure = _taught_by_others(scorer, taught, part, count, images, evidence, general)
         yield scorer.score_evidence(evidence, replace(calibration, measure=measure))
 
 
@@ -54,11 +63,12 @@ def _taught_by_others(
     scorer: Scorer,
     taught: Taught,
     part: np.ndarray,
+    count: int,
     images_nhwc: np.ndarray,
     evidence: Sequence[Evidence],
     general: np.ndarray,
 ) -> Measure:
-    """The measure without what the images of a part, by their places among all, and their evidence taught it.
+    """The measure without what the images of a part, by their places among all `count`, and their evidence taught it.
 
     general: bool, which of them teach what all places share."""
     measure = taught.measure
@@ -69,7 +79,12 @@ def _taught_by_others(
         lessons: Iterator[Tensor] = _lessons(scorer, measure, images_nhwc, evidence)
         if isinstance(taught.feature, Moments) and not taught.feature.by_place:
             lessons = _chosen(lessons, general)
-        measure = measure._replace(feature=gaussians_of(taught.feature.without(lessons)))
+        gaussians = gaussians_of(taught.feature.without(lessons))
+        if isinstance(measure.feature, KindGaussians) and isinstance(gaussians, KindGaussians):
+            assert taught.distances is not None
+            others = taught.distances - distances_at_places(measure.feature, (each.features for each in evidence))
+            gaussians = gaussians.counting_by_place(others / (count - len(part)))
+        measure = measure._replace(feature=gaussians)
     if measure.context is not None:
         measure = measure._replace(context=measure.context.without(part))
     return measure

@@ -1,20 +1,22 @@
 """Gaussians of kinds of cells: what normal photographs show falls into some hundred kinds, wherever it lies.
 
 Between the Gaussian of all cells and that of each place (gaussian.py): for textures, and for products that lie in any
-direction, which show little twice at the same place but the same things all over.
+direction, which show little twice at the same place but the same things all over. Still not all places are equal: extractors
+see odd things along a photograph's edges, products lie in the middle. So distances count by what is usual at their place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.gaussian import inverse_factor
+from pipeline.smoothing import gaussian_blur
 
 ASKED = 2
 """Kinds that answer for a cell, those with the nearest centres: which it is of is not always plain."""
@@ -24,6 +26,10 @@ CANDIDATES = 100_000
 """Cells of normal photographs that kinds are told from."""
 LEAST_VARIANCE = 1e-3
 """Of white space, added to every kind in all directions: what hardly varies in the photographs at hand may elsewhere."""
+USUAL_SIGMA = 1.5
+"""Cells: what is usual at a place is averaged with its neighbours', by a Gaussian of this deviation."""
+LEAST_USUAL = 0.5
+"""Of the mean over all places: where nearly nothing is seen, next to nothing would count as much."""
 ROUNDS = 25
 """Of Lloyd's algorithm."""
 GROUP = 32
@@ -44,6 +50,8 @@ class KindGaussians:
     """(K, d) of projected vectors."""
     whitening: Tensor
     """(K, d, d): inverse Cholesky factors of the covariances of projected vectors."""
+    usual: Tensor | None = None
+    """(G, G): the distance over d that is usual at each place. None, and taken for 1, in models of early releases."""
 
     covariance = "kind"
 
@@ -52,7 +60,8 @@ class KindGaussians:
         object.__setattr__(self, "whitening", self.whitening.mT.contiguous().mT)
 
     def distance(self, cells: Tensor) -> Tensor:
-        """Least squared Mahalanobis distance over d from `ASKED` kinds, (N, C, G, G) -> (N, G, G): about 1 for normal cells."""
+        """Least squared Mahalanobis distance from `ASKED` kinds over d and what is usual at the place, (N, C, G, G) -> (N, G, G);
+        about 1 for normal cells."""
         rows = cells.permute(0, 2, 3, 1).flatten(1, 2)
         # Image by image, so that none's rounding depends on how many there are.
         asked = torch.stack([nearest_kinds(image @ self.finding.T, self.centres, ASKED) for image in rows])
@@ -61,7 +70,13 @@ class KindGaussians:
         centred = groups.side_by_side(projected) - self.mean[groups.kinds, None]
         white = torch.bmm(centred, self.whitening[groups.kinds].mT)
         found = torch.linalg.vector_norm(white, dim=-1).square() / white.shape[-1]
-        return found.flatten()[groups.slots].view(asked.shape).amin(-1).unflatten(1, cells.shape[2:])
+        least = found.flatten()[groups.slots].view(asked.shape).amin(-1).unflatten(1, cells.shape[2:])
+        return least if self.usual is None else least / self.usual
+
+    def counting_by_place(self, mean: Tensor) -> KindGaussians:
+        """These, where distances (G, G) are the mean of normal photographs at each place."""
+        smooth = gaussian_blur(mean, USUAL_SIGMA)
+        return replace(self, usual=smooth.clamp(min=max(LEAST_USUAL * float(mean.mean()), 1e-6)))
 
 
 def nearest_kinds(found: Tensor, centres: Tensor, count: int) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pipeline.config import ScoringConfig
@@ -47,6 +49,8 @@ class Taught(NamedTuple):
     """Of the pixel branch at each place, where a Gaussian measures it."""
     feature: Moments | KindMoments | None
     """Of features, where a Gaussian measures them; where all places share one, of the photographs at `general_places` alone."""
+    distances: Tensor | None = None
+    """(G, G): the sum of all photographs' distances from kinds, over d, at each place."""
 
 
 class Learning(NamedTuple):
@@ -66,6 +70,12 @@ def gaussians_of(moments: Moments | KindMoments) -> NormalGaussian | KindGaussia
     if isinstance(moments, KindMoments):
         return kind_gaussians(moments)
     return place_gaussians(moments) if moments.by_place else general_gaussian(moments)
+
+
+def distances_at_places(gaussians: KindGaussians, batches: Iterable[Tensor]) -> Tensor:
+    """The sum of distances over d of photographs' features (N, C, G, G), at least one, at each place; (G, G)."""
+    plain = replace(gaussians, usual=None)
+    return torch.stack([plain.distance(features).sum(0) for features in batches]).sum(0)
 
 
 def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Taught]:
@@ -88,8 +98,12 @@ def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Taught]:
         return [Taught(Measure(pixel, None, True), pixels, None)]
 
     def learned(each: Learning, *, turned: bool) -> Taught:
-        measure = Measure(pixel, gaussians_of(each.moments), each.subtracted, turned=turned)
-        return Taught(measure, pixels, copy(each.moments))  # which may go on learning
+        gaussians, distances = gaussians_of(each.moments), None
+        if isinstance(gaussians, KindGaussians):
+            distances = distances_at_places(gaussians, _features_of(scorer, training_nhwc))
+            gaussians = gaussians.counting_by_place(distances / len(training_nhwc))
+        measure = Measure(pixel, gaussians, each.subtracted, turned=turned)
+        return Taught(measure, pixels, copy(each.moments), distances)  # the moments may go on learning
 
     found = []
     if scoring.covariance in ("general", "select"):

@@ -24,8 +24,9 @@ from pipeline.errors import UserError
 from pipeline.storage import Location
 from pipeline.storage_checks import require_exists
 
-FORMAT = 8
-"""Version of the files' layout; a reader refuses a higher one. 8 may measure features by kinds of cells."""
+FORMAT = 9
+"""Version of the files' layout; a reader refuses a higher one. 8 may measure features by kinds of cells, 9 by what is usual of
+these at a place."""
 CONTEXT_APART = 6
 """The first format whose networks do not predict context, and whose kept cells are the extractor's own."""
 FOLDED = 7

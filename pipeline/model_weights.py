@@ -51,7 +51,8 @@ def save_model(
     for branch in _GAUSSIANS:
         gaussian = getattr(measure, branch)
         if gaussian is not None:
-            tensors |= {f"{branch}_gaussian.{name}": tensor for name, tensor in asdict(gaussian).items()}
+            known = {name: tensor for name, tensor in asdict(gaussian).items() if tensor is not None}
+            tensors |= {f"{branch}_gaussian.{name}": tensor for name, tensor in known.items()}
             if len(gaussian.whitening) > 1:  # rounded to this when fitted; the largest part of a model
                 tensors[f"{branch}_gaussian.whitening"] = gaussian.whitening.half()
     if measure.context is not None:

@@ -14,7 +14,7 @@ from pipeline.calibration import calibrate
 from pipeline.cross_fitting import FOLDS, cross_fitted
 from pipeline.features import FeatureExtractor
 from pipeline.gaussian import Moments, fit_general, place_gaussians, place_projection
-from pipeline.kinds import KindMoments, kind_gaussians
+from pipeline.kinds import KindGaussians, KindMoments, kind_gaussians
 from pipeline.measures import evidence_of, fit_measures, gaussians_of
 from pipeline.nearest import NearestNormal, nearest_normal
 from pipeline.scoring import Scorer
@@ -133,7 +133,12 @@ def test_each_photograph_is_measured_by_what_the_others_taught(
         for turn in (1, 2, 3):
             for evidence in evidence_of(scorer, np.rot90(np.delete(photographs, part, axis=0), turn, axes=(1, 2))):
                 features.add(evidence.features)
-    measure = measure._replace(feature=gaussians_of(features))
+    gaussians = gaussians_of(features)
+    if isinstance(gaussians, KindGaussians):
+        plain = replace(taught.measure.feature, usual=None)
+        distances = torch.cat([plain.distance(evidence.features) for evidence in others])
+        gaussians = gaussians.counting_by_place(distances.mean(0))
+    measure = measure._replace(feature=gaussians)
     if measure.context is not None:
         kept = np.isin(measure.context.owners, part)
         measure = measure._replace(context=NearestNormal(measure.context.scale, measure.context.cells[~kept]))

@@ -10,6 +10,7 @@ from pipeline.gaussian import fit_general, fit_places, place_projection
 from pipeline.kinds import (
     ASKED,
     GROUP,
+    LEAST_USUAL,
     LEAST_VARIANCE,
     Grouped,
     KindGaussians,
@@ -121,6 +122,36 @@ def test_normal_cells_lie_at_about_1(normal: torch.Tensor, means: torch.Tensor, 
     assert fitted([normal]).distance(new).mean().item() == pytest.approx(1, abs=0.3)
 
 
+def test_what_is_usual_at_a_place_counts_less_there(normal: torch.Tensor) -> None:
+    def wild(images: torch.Tensor, columns: slice, seed: int) -> torch.Tensor:
+        changed = images.clone()
+        changed[..., columns] += 0.7 * torch.randn(
+            images[..., columns].shape, generator=torch.Generator().manual_seed(seed)
+        )
+        return changed
+
+    left = wild(normal, slice(0, 4), 8)
+    plain = fitted([left])
+    gaussians = plain.counting_by_place(plain.distance(left).mean(0))
+    before, after = plain.distance(left).mean(0), gaussians.distance(left).mean(0)
+    assert before[:, :2].mean() > 1.5 * before[:, 6:].mean()
+    assert after[:, :2].mean() == pytest.approx(1, abs=0.2)
+    assert after[:, 6:].mean() == pytest.approx(1, abs=0.2)
+    right = wild(left, slice(6, 8), 9)
+    assert gaussians.distance(right)[:, :, 6:].mean() > 1.5
+    assert plain.distance(right)[:, :, 6:].mean() < 1.5 * plain.distance(right)[:, :, :2].mean()
+
+
+def test_where_nearly_nothing_is_seen_next_to_nothing_does_not_count_much(normal: torch.Tensor) -> None:
+    gaussians = fitted([normal])
+    mean = gaussians.distance(normal).mean(0)
+    mean[: GRID // 2] = 1e-6
+    usual = gaussians.counting_by_place(mean).usual
+    assert usual is not None and usual[0].min() == pytest.approx(LEAST_USUAL * mean.mean().item())
+    nothing = gaussians.counting_by_place(torch.zeros(GRID, GRID))
+    assert nothing.distance(normal).isfinite().all()
+
+
 def test_the_distance_has_a_gradient(normal: torch.Tensor) -> None:
     gaussians = fitted([normal])
     x = (normal[:2] + 1).requires_grad_()
@@ -154,6 +185,7 @@ def test_a_photograph_of_full_size_is_told_the_same_in_any_company() -> None:
         torch.randn(dimensions, channels, generator=generator) / 8,
         torch.randn(kinds, dimensions, generator=generator),
         torch.randn(kinds, dimensions, dimensions, generator=generator) / 10,
+        torch.rand(32, 32, generator=generator) + 0.5,
     )
     images = torch.randn(4, channels, 32, 32, generator=generator)
     together = gaussians.distance(images)

@@ -96,7 +96,7 @@ def test_gaussians_of_places_and_kinds_learn_features_from_photographs_in_four_d
             distances = [
                 both[False, covariance, turns].feature.distance(features).mean().item() for turns in (False, True)
             ]
-            assert distances[1] < 1.3
+            assert distances[1] < 1.4
             assert (distances[0] > 1.5) == (turn in (1, 3)), "stripes turn by 180"
 
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -116,10 +116,28 @@ def test_gaussians_of_kinds_come_back(models, calibrated, fresh):
     loaded = load_scorer(info)
     assert (info.turned, loaded.calibration.measure.covariance) == (True, "kind")
     np.testing.assert_array_equal(loaded.score(fresh).maps, scorer.score(fresh).maps)
-    assert json.loads((folder / "model.json").read_text())["format"] == 8
-    rewrite(folder / "model.json", format=9)
+    assert json.loads((folder / "model.json").read_text())["format"] == 9
+    rewrite(folder / "model.json", format=10)
     with pytest.raises(UserError, match="newer"):
         model_info(models, "cloth")
+
+
+def test_models_by_kinds_of_releases_that_knew_nothing_usual_score_as_they_did(models, calibrated, fresh):
+    by_kind = {"covariance": "kind", "prediction": "ignore", "kinds": 9, "place_dimensions": 7, "alpha": 0.2}
+    scorer = calibrated(scoring=by_kind)
+    folder = as_path(save_model(models, "cloth", "v1", scorer, None, {}))
+    publish(models, "cloth", "v1")
+    tensors = load_file(folder / "weights.safetensors")
+    save_file({n: t for n, t in tensors.items() if n != "feature_gaussian.usual"}, folder / "weights.safetensors")
+    rewrite(folder / "model.json", format=8)
+    found = load_scorer(model_info(models, "cloth")).score(fresh)
+    calibration = scorer.calibration
+    earlier = replace(calibration.measure.feature, usual=None)
+    scorer.calibration = replace(calibration, measure=calibration.measure._replace(feature=earlier))
+    np.testing.assert_array_equal(found.maps, scorer.score(fresh).maps)
+    save_model(models, "copy", "v1", load_scorer(model_info(models, "cloth")), None, {})
+    publish(models, "copy", "v1")
+    np.testing.assert_array_equal(load_scorer(model_info(models, "copy")).score(fresh).maps, found.maps)
 
 
 def test_models_of_releases_that_knew_no_reach_have_none(models, stored, scorer, fresh):
@@ -131,14 +149,14 @@ def test_models_of_releases_that_knew_no_reach_have_none(models, stored, scorer,
     np.testing.assert_array_equal(load_scorer(info).score(fresh).maps, with_batch_norms(scorer).score(fresh).maps)
 
 
-@pytest.mark.parametrize(("format", "norms"), [(6, True), (7, False), (8, False)])
+@pytest.mark.parametrize(("format", "norms"), [(6, True), (7, False), (8, False), (9, False)])
 def test_models_see_through_the_extractor_that_they_were_calibrated_with(models, stored, format, norms):
     """Whose features are rounded as those of normal photographs were."""
     rewrite(stored / "model.json", format=format)
     seeing = load_scorer(model_info(models, "cloth"))
     assert any(isinstance(module, BatchNorm2d) for module in seeing.extractor.modules()) == norms
     copied = as_path(save_model(models, "copy", "v1", seeing, None, {})) / "model.json"
-    assert json.loads(copied.read_text())["format"] == (6 if norms else 8)
+    assert json.loads(copied.read_text())["format"] == (6 if norms else 9)
 
 
 @pytest.fixture
