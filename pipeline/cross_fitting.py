@@ -80,10 +80,10 @@ def _taught_by_others(
         if isinstance(taught.feature, Moments) and not taught.feature.by_place:
             lessons = _chosen(lessons, general)
         gaussians = gaussians_of(taught.feature.without(lessons))
-        if isinstance(measure.feature, KindGaussians) and isinstance(gaussians, KindGaussians):
-            assert taught.distances is not None
-            others = taught.distances - distances_at_places(measure.feature, (each.features for each in evidence))
-            gaussians = gaussians.counting_by_place(others / (count - len(part)))
+        if isinstance(gaussians, KindGaussians):
+            assert isinstance(measure.feature, KindGaussians) and taught.distances is not None
+            (own,) = distances_at_places([measure.feature], (each.features for each in evidence))
+            gaussians = gaussians.counting_by_place((taught.distances - own) / (count - len(part)))
         measure = measure._replace(feature=gaussians)
     if measure.context is not None:
         measure = measure._replace(context=measure.context.without(part))

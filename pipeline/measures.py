@@ -72,10 +72,11 @@ def gaussians_of(moments: Moments | KindMoments) -> NormalGaussian | KindGaussia
     return place_gaussians(moments) if moments.by_place else general_gaussian(moments)
 
 
-def distances_at_places(gaussians: KindGaussians, batches: Iterable[Tensor]) -> Tensor:
-    """The sum of distances over d of photographs' features (N, C, G, G), at least one, at each place; (G, G)."""
-    plain = replace(gaussians, usual=None)
-    return torch.stack([plain.distance(features).sum(0) for features in batches]).sum(0)
+def distances_at_places(several: Sequence[KindGaussians], batches: Iterable[Tensor]) -> list[Tensor]:
+    """The sum of distances over d of photographs' features (N, C, G, G), at least one, at each place, (G, G), from each."""
+    plain = [replace(gaussians, usual=None) for gaussians in several]
+    found = [[each.distance(features).sum(0) for each in plain] for features in batches]
+    return [torch.stack(sums).sum(0) for sums in zip(*found, strict=True)]
 
 
 def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Taught]:
@@ -98,12 +99,8 @@ def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Taught]:
         return [Taught(Measure(pixel, None, True), pixels, None)]
 
     def learned(each: Learning, *, turned: bool) -> Taught:
-        gaussians, distances = gaussians_of(each.moments), None
-        if isinstance(gaussians, KindGaussians):
-            distances = distances_at_places(gaussians, _features_of(scorer, training_nhwc))
-            gaussians = gaussians.counting_by_place(distances / len(training_nhwc))
-        measure = Measure(pixel, gaussians, each.subtracted, turned=turned)
-        return Taught(measure, pixels, copy(each.moments), distances)  # the moments may go on learning
+        measure = Measure(pixel, gaussians_of(each.moments), each.subtracted, turned=turned)
+        return Taught(measure, pixels, copy(each.moments))  # which may go on learning
 
     found = []
     if scoring.covariance in ("general", "select"):
@@ -117,7 +114,19 @@ def fit_measures(scorer: Scorer, training_nhwc: np.ndarray) -> list[Taught]:
             for each in turning:
                 each.moments.add(features)
         found += [learned(each, turned=True) for each in turning]
+    _count_by_place(scorer, found, training_nhwc)
     return [taught._replace(measure=mixed) for taught in found for mixed in _mixtures(scoring, taught.measure, context)]
+
+
+def _count_by_place(scorer: Scorer, found: list[Taught], training_nhwc: np.ndarray) -> None:
+    """Has distances from kinds, in place, count by what is usual where they are found; one look at the photographs for all."""
+    kinds = {i: each.measure.feature for i, each in enumerate(found) if isinstance(each.measure.feature, KindGaussians)}
+    if not kinds:
+        return
+    sums = distances_at_places(list(kinds.values()), _features_of(scorer, training_nhwc))
+    for (i, plain), distances in zip(kinds.items(), sums, strict=True):
+        feature = plain.counting_by_place(distances / len(training_nhwc))
+        found[i] = found[i]._replace(measure=found[i].measure._replace(feature=feature), distances=distances)
 
 
 def evidence_of(scorer: Scorer, images_nhwc: np.ndarray) -> Iterator[Evidence]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -93,10 +95,11 @@ def test_gaussians_of_places_and_kinds_learn_features_from_photographs_in_four_d
     for turn in range(4):
         features = scorer.evidence(np.rot90(photographs[:4], turn, axes=(1, 2))).features
         for covariance in ("place", "kind"):
-            distances = [
-                both[False, covariance, turns].feature.distance(features).mean().item() for turns in (False, True)
-            ]
-            assert distances[1] < 1.4
+            learned = [both[False, covariance, turns].feature for turns in (False, True)]
+            if covariance == "kind":
+                learned = [replace(each, usual=None) for each in learned]
+            distances = [each.distance(features).mean().item() for each in learned]
+            assert distances[1] < 1.3
             assert (distances[0] > 1.5) == (turn in (1, 3)), "stripes turn by 180"
 
 
